@@ -1,0 +1,63 @@
+# Set-up and everyday commands. The environment in .venv is what poetry.lock pins,
+# with its hashes, installed by pip: pip reads every kind of package index, and
+# Poetry's own installer does not. Poetry itself lives apart, in .poetry, so that
+# its dependencies never mix with those of the project.
+
+PYTHON ?= python3
+ARGS ?=
+POETRY := .poetry/bin/poetry
+READY := .venv/.ready
+TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
+	OMP_NUM_THREADS=1 MPLBACKEND=agg
+SOURCES := masksl tests
+
+.PHONY: help setup run test test-all lint format clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## Install the locked environment (every other target does so too)
+
+run: $(READY)  ## Train the default job; ARGS="..." overrides its configuration
+	$(POETRY) run python -m masksl.main $(ARGS)
+
+test: $(READY)  ## Run the tests that are not marked slow
+	$(TEST_ENV) $(POETRY) run pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## Run every test
+	$(TEST_ENV) $(POETRY) run pytest $(ARGS)
+
+lint: $(READY)  ## Run the formatters in check mode, the linters and the type checker
+	$(POETRY) check --lock
+	$(POETRY) run isort --check-only $(SOURCES)
+	$(POETRY) run black --check $(SOURCES)
+	$(POETRY) run docformatter --check --recursive $(SOURCES)
+	$(POETRY) run ruff check $(SOURCES)
+	$(POETRY) run mypy masksl
+	$(POETRY) run pylint --jobs=0 masksl
+
+format: $(READY)  ## Rewrite the sources in the project's format
+	$(POETRY) run isort $(SOURCES)
+	$(POETRY) run docformatter --in-place --recursive $(SOURCES) || true
+	$(POETRY) run black $(SOURCES)
+	$(POETRY) run ruff check --fix $(SOURCES)
+
+clean:  ## Remove the environment and Poetry
+	rm -rf .venv .poetry
+
+# pip refuses whatever does not match the hashes that the lock file pins. The mark
+# is written last, so that an interrupted installation is taken up again.
+$(READY): poetry.lock $(POETRY)
+	$(PYTHON) -m venv --clear .venv
+	$(POETRY) export --quiet --all-groups --format requirements.txt \
+		--output .venv/requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --no-deps --requirement .venv/requirements.txt
+	$(POETRY) install --quiet --only-root
+	touch $@
+
+$(POETRY): requirements-poetry.txt
+	$(PYTHON) -m venv --clear .poetry
+	.poetry/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --requirement requirements-poetry.txt
+	touch $@

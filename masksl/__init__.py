@@ -1,0 +1,1 @@
+"""Communication-efficient split learning on Flower."""

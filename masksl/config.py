@@ -1,0 +1,220 @@
+"""What a configuration may say: types, ranges, combinations.
+
+`check` looks at the whole of it before any work; the first thing that is wrong ends in
+one line that names the key, the value and what is allowed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from masksl import compress, dataset, model
+from masksl.settings import Settings, Value, parse, section
+
+COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")
+SYNCS = ("step", "round", "never")
+SCHEDULES = ("constant", "cosine", "multistep", "step")
+ENGINES = ("flower", "local")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line says what is wrong."""
+
+    @classmethod
+    def of(cls, key: str, value: Any, allowed: str) -> "ConfigError":
+        """Return the error of a key, its value, and what it must be."""
+        return cls(f"{key}={value!r}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one value must be."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _whole(least: int) -> Rule:
+    return Rule(
+        f"a whole number from {least} on", lambda v: _is_int(v) and v >= least
+    )
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(f"null or {rule.allowed}", lambda v: v is None or rule.holds(v))
+
+
+def _choice(allowed: Sequence[str]) -> Rule:
+    return Rule(f"one of {', '.join(allowed)}", lambda v: v in allowed)
+
+
+def _milestones(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    return all(map(_is_int, value)) and list(value) == sorted(set(value))
+
+
+_POSITIVE = Rule("a number greater than 0", lambda v: _is_number(v) and v > 0)
+_NOT_NEGATIVE = Rule("a number from 0 on", lambda v: _is_number(v) and v >= 0)
+_SHARE = Rule(
+    "a number from 0 to less than 1", lambda v: _is_number(v) and 0 <= v < 1
+)
+_FRACTION = Rule(
+    "a number greater than 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1
+)
+_BOOL = Rule("true or false", lambda v: isinstance(v, bool))
+_TEXT = Rule("text", lambda v: isinstance(v, str))
+_DEVICE = Rule("auto, cpu, cuda or cuda:N", lambda v: _device_type(v) is not None)
+
+RULES: dict[str, Rule] = {
+    "rounds": _whole(1),
+    "clients": _whole(1),
+    "fraction": _FRACTION,
+    "batch_size": _whole(1),
+    "eval_batch_size": _whole(1),
+    "seed": _whole(0),
+    "client_sync": _choice(SYNCS),
+    "device": _DEVICE,
+    "client_device": _DEVICE,
+    "threads.client": _whole(1),
+    "threads.server": _whole(1),
+    "optimizer.lr": _POSITIVE,
+    "optimizer.momentum": _SHARE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.nesterov": _BOOL,
+    "schedule.name": _choice(SCHEDULES),
+    "schedule.milestones": Rule("a list of ascending whole numbers", _milestones),
+    "schedule.gamma": _FRACTION,
+    "schedule.every": _whole(1),
+    "link.up_mbps": _POSITIVE,
+    "link.down_mbps": _POSITIVE,
+    "link.latency_ms": _NOT_NEGATIVE,
+    "engine.name": _choice(ENGINES),
+    "engine.cpus_per_client": _POSITIVE,
+    "engine.gpus_per_client": _NOT_NEGATIVE,
+    "model.name": _choice(list(model.ARCHITECTURES)),
+    "dataset.name": _choice(list(dataset.DATASETS)),
+    "dataset.root": _TEXT,
+    "dataset.download": _BOOL,
+    "dataset.limit": _optional(_whole(1)),
+    "dataset.test_limit": _optional(_whole(1)),
+    "dataset.partition": _choice(dataset.PARTITIONS),
+    "dataset.alpha": _POSITIVE,
+    "dataset.classes_per_client": _whole(1),
+    "dataset.workers": _whole(1),
+}
+"""What each key must be; ``cut`` and the compressors have checks of their own."""
+
+
+def check(settings: Mapping[str, Value]) -> None:
+    """Check a whole configuration.
+
+    Parameters
+    ----------
+    settings : Mapping[str, Value]
+        All settings, flat.
+
+    Raises
+    ------
+    ConfigError
+        On the first key that is missing or has a value that is not allowed.
+    """
+    for key, rule in RULES.items():
+        if key.startswith("engine.") and key not in settings:
+            continue  # an engine has the options of its own file
+        value = parse(settings[key]) if key in settings else None
+        if key not in settings or not rule.holds(value):
+            raise ConfigError.of(key, value, rule.allowed)
+    for group in COMPRESSOR_GROUPS:
+        _check_compressor(settings, group)
+    _check_model(settings)
+    for key in ("device", "client_device"):
+        _check_device(key, str(settings[key]))
+    _check_samples(settings)
+
+
+def from_run_config(run_config: Mapping[str, Value]) -> Settings:
+    """Return settings from Flower's run config.
+
+    A run config can set values but not take keys away: where it names another
+    compressor than the default, the options that this one does not have are dropped.
+    """
+    settings = dict(run_config)
+    for group in COMPRESSOR_GROUPS:
+        name = settings.get(f"{group}.name")
+        if name in compress.COMPRESSORS:
+            known = {"name", *compress.options_of(str(name))}
+            for option in section(settings, group):
+                if option not in known:
+                    del settings[f"{group}.{option}"]
+    return settings
+
+
+def _check_compressor(settings: Mapping[str, Value], group: str) -> None:
+    options = section(settings, group)
+    name = options.pop("name", None)
+    if name not in compress.COMPRESSORS:
+        raise ConfigError.of(
+            f"{group}.name", name, f"one of {', '.join(compress.COMPRESSORS)}"
+        )
+    try:
+        compress.make(name, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{group}.{error}") from error
+
+
+def _check_model(settings: Mapping[str, Value]) -> None:
+    name = str(settings["model.name"])
+    architecture = model.ARCHITECTURES[name]
+    spec = dataset.DATASETS[str(settings["dataset.name"])]
+    if architecture.image_sizes and spec.size not in architecture.image_sizes:
+        sizes = ", ".join(f"{size}x{size}" for size in architecture.image_sizes)
+        allowed = f"a network for {spec.size}x{spec.size} images, {name} takes {sizes}"
+        raise ConfigError.of("model.name", name, allowed)
+    if spec.channels not in architecture.channels:
+        allowed = f"a network for images of {spec.channels} channel(s)"
+        raise ConfigError.of("model.name", name, allowed)
+    try:
+        model.resolve_cut(name, settings.get("cut"))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_samples(settings: Mapping[str, Value]) -> None:
+    """Refuse more clients than samples, as far as the number of samples is fixed."""
+    spec = dataset.DATASETS[str(settings["dataset.name"])]
+    limit = parse(settings["dataset.limit"])
+    known = [n for n in (limit, spec.samples and spec.samples[0]) if n is not None]
+    if known and int(settings["clients"]) > min(known):
+        allowed = f"at most {min(known)}, the training samples"
+        raise ConfigError.of("clients", settings["clients"], allowed)
+
+
+def _device_type(name: Any) -> str | None:
+    if name == "auto":
+        return "auto"
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, TypeError):
+        return None
+    return kind if kind in ("cpu", "cuda") else None
+
+
+def _check_device(key: str, name: str) -> None:
+    if _device_type(name) != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (torch.device(name).index or 0) >= count:
+        raise ConfigError.of(key, name, f"auto or cpu: {count} CUDA devices are here")

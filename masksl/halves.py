@@ -1,0 +1,415 @@
+"""The two halves of a cut network: forward, backward, step. No bytes, no messages."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent, the same on both sides.
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate of the first round.
+    momentum : float
+        Heavy-ball momentum, from 0 to less than 1.
+    weight_decay : float
+        Added to every gradient times the weight.
+    nesterov : bool
+        Whether momentum is Nesterov's.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+
+    def make(self, parameters: Sequence[torch.Tensor]) -> torch.optim.SGD:
+        """Return an optimiser of these parameters."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate goes down from round to round.
+
+    Parameters
+    ----------
+    name : str
+        ``constant``; ``cosine`` to zero over all rounds; ``multistep``, times ``gamma``
+        after each of ``milestones`` rounds; ``step``, times ``gamma`` every ``every``.
+    milestones : tuple[int, ...]
+        Completed rounds after which the rate goes down.
+    gamma : float
+        What it is multiplied with.
+    every : int
+        Rounds between two drops.
+    """
+
+    name: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    every: int = 30
+
+    def factor(self, round_: int, rounds: int) -> float:
+        """Return the rate of a round, counted from 1, as a share of the first one's."""
+        done = round_ - 1
+        match self.name:
+            case "cosine":
+                return (1 + math.cos(math.pi * done / rounds)) / 2
+            case "multistep":
+                return self.gamma ** sum(done >= stone for stone in self.milestones)
+            case "step":
+                return self.gamma ** (done // self.every)
+        return 1.0
+
+
+SCHEDULES = ("constant", "cosine", "multistep", "step")
+
+
+@contextmanager
+def compute(threads: int, device: torch.device, seed: int) -> Iterator[None]:
+    """Set what a result depends on: threads, and a seeded fork of the generators.
+
+    Parameters
+    ----------
+    threads : int
+        Threads of the CPU kernels; some gradients depend on their number.
+    device : torch.device
+        Where the half is.
+    seed : int
+        Seed of what layers draw from PyTorch's global generator (dropout).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.random.default_generator.manual_seed(seed)
+            if cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class ClientHalf:
+    """The first units of a network with weights of one client.
+
+    The module is a skeleton that many clients share; weights, buffers and momentum
+    are tensors of this half alone, so that many halves can wait for their gradients
+    at the same time.
+
+    Parameters
+    ----------
+    module : nn.Sequential
+        The units, on the device of the tensors.
+    tensors : dict[str, torch.Tensor]
+        Every parameter and buffer of the module by its name. They are changed in
+        place: parameters by `step`, buffers by `forward`.
+    momentum : dict[str, torch.Tensor]
+        Momentum by the parameter's name; empty before the first step.
+    threads : int
+        Threads of the CPU kernels.
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: Tensors, momentum: Tensors, threads: int
+    ) -> None:
+        self._module = module
+        self._names = [name for name, _ in module.named_parameters()]
+        for name in self._names:
+            tensors[name].requires_grad_(True)
+        self.tensors = tensors
+        self.momentum = momentum
+        self._threads = threads
+        self._device = next(iter(tensors.values())).device
+        self._activation: torch.Tensor | None = None
+
+    @property
+    def buffers(self) -> Tensors:
+        """Buffers (BatchNorm statistics) by name."""
+        names = set(self._names)
+        return {name: t for name, t in self.tensors.items() if name not in names}
+
+    def forward(self, images: torch.Tensor, *, seed: int) -> torch.Tensor:
+        """Return the activation of a mini-batch and keep its graph for `backward`.
+
+        Parameters
+        ----------
+        images : torch.Tensor
+            float32, shape (B, C, H, W).
+        seed : int
+            Seed of dropout.
+
+        Returns
+        -------
+        torch.Tensor
+            The activation at the cut, detached.
+        """
+        self._module.train()
+        with compute(self._threads, self._device, seed):
+            self._activation = functional_call(self._module, self.tensors, (images,))
+        return self._activation.detach()
+
+    def backward(self, gradient: torch.Tensor) -> Tensors:
+        """Return the gradient of every parameter and let the graph go.
+
+        Parameters
+        ----------
+        gradient : torch.Tensor
+            Loss gradient with respect to the activation as the server decoded it. It
+            is applied to the activation as it was: the compressor counts as identity.
+
+        Raises
+        ------
+        ValueError
+            If its shape is not that of the activation.
+        """
+        activation, self._activation = self._activation, None
+        if activation is None:
+            raise RuntimeError("backward without a forward before it")
+        if gradient.shape != activation.shape:
+            raise ValueError(
+                f"gradient of shape {tuple(gradient.shape)} for an activation of shape "
+                f"{tuple(activation.shape)}"
+            )
+        parameters = [self.tensors[name] for name in self._names]
+        with compute(self._threads, self._device, 0):
+            gradients = torch.autograd.grad(activation, parameters, gradient)
+        return dict(zip(self._names, gradients, strict=True))
+
+    def step(self, gradients: Tensors, config: OptimizerConfig, lr: float) -> None:
+        """Take one optimiser step.
+
+        Parameters
+        ----------
+        gradients : dict[str, torch.Tensor]
+            What `backward` returned.
+        config : OptimizerConfig
+            The optimiser; its momentum stays with this half.
+        lr : float
+            Learning rate of this round.
+        """
+        with compute(self._threads, self._device, 0):
+            apply_gradients(self.tensors, gradients, self.momentum, config, lr)
+
+    def evaluate(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the activation of images in evaluation mode; nothing changes."""
+        self._module.eval()
+        with torch.no_grad(), compute(self._threads, self._device, 0):
+            return functional_call(self._module, self.tensors, (images,))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of one step of the server half.
+
+    Parameters
+    ----------
+    loss : float
+        Mean cross-entropy over all samples of the step.
+    gradients : list[torch.Tensor]
+        For each activation the gradient of its own client's mean loss.
+    """
+
+    loss: float
+    gradients: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over test images.
+
+    Parameters
+    ----------
+    samples : int
+        Number of images.
+    loss : float
+        Sum of their cross-entropies.
+    top1, top5 : int
+        How many have their label in the first one, the first five.
+    """
+
+    samples: int = 0
+    loss: float = 0.0
+    top1: int = 0
+    top5: int = 0
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(
+            self.samples + other.samples,
+            self.loss + other.loss,
+            self.top1 + other.top1,
+            self.top5 + other.top5,
+        )
+
+
+class ServerHalf:
+    """The last units of a network and their optimiser.
+
+    Parameters
+    ----------
+    module : nn.Sequential
+        The units, on the device where they are to be trained.
+    config : OptimizerConfig
+        The optimiser.
+    threads : int
+        Threads of the CPU kernels.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, threads: int):
+        self.module = module
+        self._optimizer = config.make(list(module.parameters()))
+        self._threads = threads
+        self.device = next(module.parameters()).device
+
+    def step(
+        self,
+        activations: Sequence[torch.Tensor],
+        labels: Sequence[torch.Tensor],
+        *,
+        lr: float,
+        seed: int,
+    ) -> Step:
+        """Train on one global mini-batch.
+
+        Parameters
+        ----------
+        activations : Sequence[torch.Tensor]
+            Decoded activation of each client, shape (n_i, ...).
+        labels : Sequence[torch.Tensor]
+            int64 labels of each client, shape (n_i,).
+        lr : float
+            Learning rate of this round.
+        seed : int
+            Seed of dropout.
+
+        Returns
+        -------
+        Step
+            The loss, and a gradient for each client: its slice of the gradient of the
+            mean over all n samples, times n / n_i.
+        """
+        self.module.train()
+        batch = torch.cat(list(activations)).requires_grad_(True)  # (n, ...)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        with compute(self._threads, self.device, seed):
+            loss = functional.cross_entropy(self.module(batch), torch.cat(list(labels)))
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+        assert batch.grad is not None
+        sizes = [len(activation) for activation in activations]
+        slices = batch.grad.split(sizes)
+        scaled = [
+            part * (len(batch) / size) if size != len(batch) else part
+            for part, size in zip(slices, sizes, strict=True)
+        ]
+        return Step(loss.item(), scaled)
+
+    def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
+        """Score a batch of decoded activations against its labels."""
+        self.module.eval()
+        with torch.no_grad(), compute(self._threads, self.device, 0):
+            logits = self.module(activation)  # (n, classes)
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
+            hits = best == labels[:, None]
+            return Score(
+                len(labels), loss.item(), int(hits[:, :1].sum()), int(hits.sum())
+            )
+
+
+def apply_gradients(
+    tensors: Tensors,
+    gradients: Tensors,
+    momentum: Tensors,
+    config: OptimizerConfig,
+    lr: float,
+) -> None:
+    """Take one optimiser step on tensors that live outside a module.
+
+    Parameters
+    ----------
+    tensors : dict[str, torch.Tensor]
+        Parameters, changed in place; others are left alone.
+    gradients : dict[str, torch.Tensor]
+        A gradient for each parameter.
+    momentum : dict[str, torch.Tensor]
+        Momentum by the parameter's name, filled and changed in place.
+    config : OptimizerConfig
+        The optimiser.
+    lr : float
+        Learning rate of this round.
+    """
+    parameters = [tensors[name] for name in gradients]
+    optimizer = config.make(parameters)
+    optimizer.param_groups[0]["lr"] = lr
+    for name, parameter in zip(gradients, parameters, strict=True):
+        parameter.grad = gradients[name]
+        if name in momentum:
+            optimizer.state[parameter]["momentum_buffer"] = momentum[name]
+    optimizer.step()
+    for name, parameter in zip(gradients, parameters, strict=True):
+        parameter.grad = None
+        if config.momentum:
+            momentum[name] = optimizer.state[parameter]["momentum_buffer"]
+
+
+def average(halves: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[int]):
+    """Average tensors by name over clients.
+
+    Parameters
+    ----------
+    halves : Sequence[Mapping[str, torch.Tensor]]
+        For each client its tensors (weights, gradients, buffers), all of one shape.
+    weights : Sequence[int]
+        Samples of each client.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        Floating tensors averaged by weight; of integer ones (BatchNorm's
+        ``num_batches_tracked``) the maximum. The average of one client is that
+        client's tensors themselves, untouched.
+    """
+    if len(halves) == 1:
+        return dict(halves[0])
+    total = sum(weights)
+    averaged: Tensors = {}
+    for name, first in halves[0].items():
+        tensors = [half[name] for half in halves]
+        if first.is_floating_point():
+            mean = torch.zeros_like(first)
+            for tensor, weight in zip(tensors, weights, strict=True):
+                mean.add_(tensor, alpha=weight / total)
+            averaged[name] = mean
+        else:
+            averaged[name] = torch.stack(tensors).amax(dim=0)
+    return averaged
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is CUDA where there is, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

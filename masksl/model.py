@@ -1,0 +1,214 @@
+"""Networks as lists of units, where they may be cut, and the two halves of a cut.
+
+A unit is one indivisible piece of a network in forward order. The client keeps the
+first ``cut`` units, the server the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torchvision.models import resnet18, resnet34
+from torchvision.models.resnet import ResNet
+from torchvision.models.vgg import make_layers
+
+Units = list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a network before it is built.
+
+    Parameters
+    ----------
+    build : Callable[[int, int], list[nn.Module]]
+        Makes the units from the number of classes and of input channels.
+    units : int
+        How many these are.
+    cuts : dict[str, int]
+        Units that the client keeps at the named cuts.
+    image_sizes : tuple[int, ...]
+        Heights (and widths) of images that it takes; empty if any from 8 on.
+    channels : tuple[int, ...]
+        Numbers of input channels that it takes.
+    """
+
+    build: Callable[[int, int], Units]
+    units: int
+    cuts: dict[str, int]
+    image_sizes: tuple[int, ...]
+    channels: tuple[int, ...] = (3,)
+
+
+def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
+    """Build a network with initial weights.
+
+    Parameters
+    ----------
+    name : str
+        A key of `ARCHITECTURES`.
+    classes : int
+        Outputs of the last unit.
+    channels : int
+        Channels of the images.
+    seed : int
+        The weights follow from it alone; PyTorch's global generator is left as it was.
+
+    Returns
+    -------
+    list[nn.Module]
+        The units in forward order: (B, channels, H, W) to logits (B, classes).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return ARCHITECTURES[name].build(classes, channels)
+
+
+def resolve_cut(name: str, cut: int | str) -> int:
+    """Return how many units the client keeps.
+
+    Parameters
+    ----------
+    name : str
+        A key of `ARCHITECTURES`.
+    cut : int | str
+        A number of units, or ``shallow``, ``medium`` or ``deep``.
+
+    Raises
+    ------
+    ValueError
+        If the cut lies outside the network or has another name.
+    """
+    architecture = ARCHITECTURES[name]
+    units = architecture.cuts.get(cut, cut) if isinstance(cut, str) else cut
+    if isinstance(units, str) and units.isdecimal():
+        units = int(units)
+    if not isinstance(units, int) or not 1 <= units < architecture.units:
+        raise ValueError(
+            f"cut={cut!r}: must be {', '.join(architecture.cuts)} "
+            f"or a whole number from 1 to {architecture.units - 1} for {name}"
+        )
+    return units
+
+
+def split(units: Units, cut: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return the client half and the server half.
+
+    Parameters
+    ----------
+    units : list[nn.Module]
+        A whole network.
+    cut : int
+        How many units the client keeps, at least 1 and fewer than all.
+    """
+    if not 1 <= cut < len(units):
+        raise ValueError(f"cut={cut!r}: must be from 1 to {len(units) - 1}")
+    return nn.Sequential(*units[:cut]), nn.Sequential(*units[cut:])
+
+
+# --- the networks ---------------------------------------------------------------------
+
+
+def _small_cnn(classes: int, channels: int) -> Units:
+    """Three convolutions: (B, channels, H, W) from 8x8 on, about 225,000 weights."""
+    widths = [channels, 64, 128, 128]
+    units: Units = [
+        nn.Sequential(
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        )
+        for before, after in pairwise(widths)
+    ]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)]
+    return [*units, nn.Sequential(*head)]
+
+
+# Widths of VGG19's convolutions; M is a pooling.
+_VGG19: list[int | str] = [
+    *[64, 64, "M"],
+    *[128, 128, "M"],
+    *[256, 256, 256, 256, "M"],
+    *[512, 512, 512, 512, "M"],
+    *[512, 512, 512, 512, "M"],
+]
+
+
+def _vgg19(classes: int, channels: int) -> Units:
+    """VGG19 with BatchNorm for (B, 3, 32, 32): 16 convolutions and the classifier."""
+    del channels
+    units: list[list[nn.Module]] = []
+    for layer in make_layers(_VGG19, batch_norm=True):
+        if isinstance(layer, nn.Conv2d):  # begins a unit; a pooling closes it
+            units.append([])
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        units[-1].append(layer)
+    classifier = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(512, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(),
+        nn.Linear(4096, classes),
+    )
+    for module in classifier:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+    return [*(nn.Sequential(*layers) for layers in units), classifier]
+
+
+def _resnet_units(network: ResNet, stem: nn.Sequential) -> Units:
+    stages = (network.layer1, network.layer2, network.layer3, network.layer4)
+    blocks = [block for stage in stages for block in stage]
+    head = nn.Sequential(network.avgpool, nn.Flatten(), network.fc)
+    return [stem, *blocks, head]
+
+
+def _small_stem() -> nn.Sequential:
+    """3x3 convolution without pooling, for images of 32x32 and 64x64."""
+    conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+
+
+def _resnet18(classes: int, channels: int) -> Units:
+    """ResNet18 for (B, 3, 32, 32): stem, 8 residual blocks, head."""
+    del channels
+    return _resnet_units(resnet18(num_classes=classes), _small_stem())
+
+
+def _resnet34(classes: int, channels: int) -> Units:
+    """ResNet34 for (B, 3, 224, 224): stem with pooling, 16 residual blocks, head."""
+    del channels
+    network = resnet34(num_classes=classes)
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+    return _resnet_units(network, stem)
+
+
+def _resnet34_64(classes: int, channels: int) -> Units:
+    """ResNet34 for (B, 3, 64, 64): 3x3 stem, 16 residual blocks, head."""
+    del channels
+    return _resnet_units(resnet34(num_classes=classes), _small_stem())
+
+
+_RESNET34_CUTS = {"shallow": 2, "medium": 8, "deep": 14}
+
+ARCHITECTURES = {
+    "small_cnn": Architecture(
+        _small_cnn, 4, {"shallow": 1, "medium": 2, "deep": 3}, (), (1, 3)
+    ),
+    "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
+    "resnet18": Architecture(
+        _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32,)
+    ),
+    "resnet34": Architecture(_resnet34, 18, _RESNET34_CUTS, (224,)),
+    "resnet34_64": Architecture(_resnet34_64, 18, _RESNET34_CUTS, (64,)),
+}
+"""Every network by its name."""

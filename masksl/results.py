@@ -1,0 +1,100 @@
+"""The results folder of a run: what is written there, and how it is read back."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CURVES = "curves.png"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Parameters
+    ----------
+    path : Path
+        Made where it is missing. Rows of a run that was here before are removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        (path / METRICS).unlink(missing_ok=True)
+        (path / SUMMARY).unlink(missing_ok=True)
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, YAML."""
+        _write(self.path / CONFIG, text)
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Append the metrics of a round."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and the curves."""
+        draw_curves(read_rows(self.path), self.path / CURVES)
+        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run folder, one a round."""
+    lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary of a run folder."""
+    return json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss by round, and accuracy by round and by bytes sent.
+
+    Parameters
+    ----------
+    rows : Sequence[Mapping[str, Any]]
+        Rows of a run, one a round.
+    path : Path
+        PNG file to write.
+    """
+    # pylint: disable-next=import-outside-toplevel
+    from matplotlib.figure import Figure
+
+    rounds = [row["round"] for row in rows]
+    sent: list[float] = []
+    for row in rows:
+        sent.append((sent[-1] if sent else 0) + _total(row["bytes"]) / 1e6)
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    loss, accuracy, traffic = figure.subplots(1, 3)
+    loss.plot(rounds, [row["loss"] for row in rows], marker=".", label="training")
+    loss.plot(rounds, [row["test_loss"] for row in rows], marker=".", label="test")
+    loss.set(xlabel="round", ylabel="cross-entropy")
+    loss.legend()
+    for axes, x, label in (
+        (accuracy, rounds, "round"),
+        (traffic, sent, "MB sent, both ways"),
+    ):
+        axes.plot(x, [100 * row["top1"] for row in rows], marker=".", label="top-1")
+        axes.set(xlabel=label, ylabel="test accuracy, %")
+    for axes in (loss, accuracy, traffic):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _total(nested: Mapping[str, Any] | int) -> int:
+    if isinstance(nested, Mapping):
+        return sum(map(_total, nested.values()))
+    return nested
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,54 @@
+"""Settings: one flat dictionary with dotted keys, as Flower's run config carries.
+
+Values are str, int, float or bool; null and lists are YAML text. ``section`` gives the
+values under one key back as they were.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+Value = str | int | float | bool
+Settings = dict[str, Value]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Return a nested mapping as settings.
+
+    >>> flatten({"rounds": 3, "dataset": {"limit": None, "name": "digits"}})
+    {'rounds': 3, 'dataset.limit': 'null', 'dataset.name': 'digits'}
+    """
+    flat: Settings = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, (list, tuple)):
+            listed = None if value is None else list(value)
+            text = yaml.safe_dump(listed, default_flow_style=True)
+            flat[prefix + key] = text.removesuffix("\n").removesuffix("\n...")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def section(settings: Mapping[str, Value], prefix: str) -> dict[str, Any]:
+    """Return the values under ``prefix.``, lists as tuples, null as None.
+
+    >>> section({"dataset.limit": "null", "schedule.milestones": "[6, 9]"}, "schedule")
+    {'milestones': (6, 9)}
+    """
+    start = prefix + "."
+    return {
+        key.removeprefix(start): parse(value)
+        for key, value in settings.items()
+        if key.startswith(start)
+    }
+
+
+def parse(value: Value) -> Any:
+    """Return a value with YAML text of null and lists read; other text stays text."""
+    if isinstance(value, str) and (value == "null" or value.startswith("[")):
+        read = yaml.safe_load(value)
+        return tuple(read) if isinstance(read, list) else read
+    return value

@@ -1,0 +1,359 @@
+"""The frame: header, checksum, bit packing, and the checks on what comes in.
+
+A frame is the encoded form of one tensor. All numbers are little-endian; the layout
+(version 1) is
+
+======  ====  ==========================================================
+offset  size  field
+======  ====  ==========================================================
+0       4     magic, ``MSKL``
+4       1     version, 1
+5       1     dtype: 1 float16, 2 bfloat16, 3 float32, 4 float64
+6       1     number of dimensions n
+7       1     length p of the compressor's parameters
+8       8     name of the compressor, ASCII, filled up with NUL bytes
+16      4     CRC-32 of the whole frame without these four bytes
+20      8     length of the payload
+28      4 n   shape, one unsigned 32-bit number a dimension
+28+4n   p     parameters of the compressor
+28+4n+p       payload
+======  ====  ==========================================================
+
+What parameters and payload hold is up to the compressor; ``docs/frame.md`` lists it.
+"""
+
+import math
+import struct
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("masksl.wire packs symbols in place: little-endian hosts only")
+
+MAGIC = b"MSKL"
+VERSION = 1
+DTYPES = {1: torch.float16, 2: torch.bfloat16, 3: torch.float32, 4: torch.float64}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_ELEMENTS = 2**28
+
+Buffer = bytes | bytearray | memoryview
+
+_FIXED = struct.Struct("<4sBBBB8sIQ")
+_CHECKSUM = slice(16, 20)
+_CHUNK = 2**17  # symbols looked at together: 128 KiB, a whole number of bytes packed
+
+
+class FrameError(ValueError):
+    """A frame that is cut short, altered, foreign or at odds with itself."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a frame says of itself.
+
+    Parameters
+    ----------
+    compressor : str
+        Registered name, one to eight ASCII characters.
+    dtype : torch.dtype
+        Floating type of the tensor that was encoded.
+    shape : tuple[int, ...]
+        Its shape; no dimension is zero.
+    params : bytes
+        The compressor's own fields, at most 255 bytes.
+    """
+
+    compressor: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    params: bytes
+
+    @property
+    def elements(self) -> int:
+        """Number of elements, 1 for a scalar."""
+        return math.prod(self.shape)
+
+    def unpack_params(self, layout: struct.Struct) -> tuple:
+        """Return the parameters by ``layout``; `FrameError` where the length is off."""
+        if len(self.params) != layout.size:
+            raise FrameError(
+                f"{self.compressor} frame has {len(self.params)} bytes of parameters, "
+                f"expected {layout.size}"
+            )
+        return layout.unpack(self.params)
+
+
+def assemble(header: Header, parts: Sequence[torch.Tensor]) -> bytes:
+    """Return the frame of a header and its payload.
+
+    Parameters
+    ----------
+    header : Header
+        What the frame says of itself.
+    parts : Sequence[torch.Tensor]
+        Payload in order: one-dimensional tensors on one device. Their bytes cross to
+        the host together.
+
+    Returns
+    -------
+    bytes
+        The frame, copied together once.
+    """
+    payload = [_to_host(part) for part in parts]
+    size = sum(part.nbytes for part in payload)
+    fields = bytearray(
+        _FIXED.pack(
+            MAGIC,
+            VERSION,
+            DTYPE_CODES[header.dtype],
+            len(header.shape),
+            len(header.params),
+            header.compressor.encode("ascii"),
+            0,
+            size,
+        )
+    )
+    fields += struct.pack(f"<{len(header.shape)}I", *header.shape) + header.params
+    checksum = _checksum(memoryview(fields))
+    for part in payload:
+        checksum = zlib.crc32(part, checksum)
+    fields[_CHECKSUM] = struct.pack("<I", checksum)
+    return b"".join([fields, *payload])
+
+
+def parse(
+    frame: Buffer, *, max_elements: int = MAX_ELEMENTS
+) -> tuple[Header, memoryview]:
+    """Take a frame apart without copying it.
+
+    Parameters
+    ----------
+    frame : bytes-like
+        One whole frame.
+    max_elements : int
+        Frames that declare more elements are refused.
+
+    Returns
+    -------
+    tuple[Header, memoryview]
+        The header and a view of the payload.
+
+    Raises
+    ------
+    FrameError
+        If anything is wrong with the frame; nothing has been allocated by then.
+    """
+    view = memoryview(frame).cast("B")
+    if len(view) < _FIXED.size:
+        raise FrameError(
+            f"frame of {len(view)} bytes is shorter than a header ({_FIXED.size})"
+        )
+    magic, version, dtype, ndim, params, name, checksum, size = _FIXED.unpack_from(view)
+    if magic != MAGIC:
+        raise FrameError(f"not a frame: it begins with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise FrameError(f"frame of version {version}, this is version {VERSION}")
+    start = _FIXED.size + 4 * ndim + params
+    if len(view) != start + size:
+        raise FrameError(f"frame of {len(view)} bytes declares {start + size}")
+    if zlib.crc32(view[start:], _checksum(view[:start])) != checksum:
+        raise FrameError("checksum does not match: the frame has been altered")
+    if dtype not in DTYPES:
+        raise FrameError(f"frame declares the unknown dtype code {dtype}")
+    shape = struct.unpack_from(f"<{ndim}I", view, _FIXED.size)
+    elements = math.prod(shape)
+    if not 0 < elements <= max_elements:
+        raise FrameError(f"frame declares {elements} elements, not 1 to {max_elements}")
+    text = bytes(name).rstrip(b"\0")
+    if not text.isascii():
+        raise FrameError(f"frame names the compressor {text!r}, not an ASCII name")
+    header = Header(
+        text.decode("ascii"), DTYPES[dtype], shape, bytes(view[start - params : start])
+    )
+    return header, view[start:]
+
+
+def declared_elements(frame: Buffer) -> int:
+    """Return the elements that a frame declares, unchecked: for frames once parsed."""
+    ndim = frame[6]
+    return math.prod(struct.unpack_from(f"<{ndim}I", frame, _FIXED.size))
+
+
+def check_payload(header: Header, payload: memoryview, expected: int) -> None:
+    """Raise `FrameError` unless the payload is ``expected`` bytes long."""
+    if len(payload) != expected:
+        raise FrameError(
+            f"{header.compressor} frame has a payload of {len(payload)} bytes, "
+            f"its header implies {expected}"
+        )
+
+
+def to_tensor(
+    payload: memoryview, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Copy payload bytes into a tensor.
+
+    Parameters
+    ----------
+    payload : memoryview
+        Whole number of elements of ``dtype``.
+    dtype : torch.dtype
+        Type of the elements.
+    device : torch.device | str
+        Where the tensor goes.
+
+    Returns
+    -------
+    torch.Tensor
+        One-dimensional, owning its memory.
+    """
+    host = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
+    return host.to(device).view(dtype)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the bytes that ``count`` symbols of ``bits`` bits take (1 to 16)."""
+    if bits <= 8:
+        return (count * bits + 7) // 8
+    return count + packed_size(count, bits - 8)
+
+
+def pack_bits(symbols: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack symbols densely, the first in the lowest bits.
+
+    Eight neighbours become ``bits`` bytes; the last byte is filled up with zeros.
+    Symbols of more than eight bits travel as a plane of low bytes and, after it, a
+    plane of what is above.
+
+    Parameters
+    ----------
+    symbols : torch.Tensor
+        Shape (n,), uint8 for up to eight bits, else int32; values below 2**bits.
+    bits : int
+        1 to 16.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8, shape (packed_size(n, bits),), on the device of ``symbols``.
+    """
+    if bits > 8:
+        low = (symbols & 0xFF).to(torch.uint8)
+        high = (symbols >> 8).to(torch.uint8)
+        return torch.cat([low, pack_bits(high, bits - 8)])
+    if bits == 8:
+        return symbols
+    count = symbols.numel()
+    if count % 8:
+        symbols = torch.nn.functional.pad(symbols, (0, -count % 8))
+    words = symbols.view(torch.int64)
+    for width in (8, 16, 32):  # two fields of `width` bits become one of twice that
+        used = bits * width // 8
+        words = (words | words >> (width - used)) & _field_mask(2 * used, 2 * width)
+    packed = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return packed[: packed_size(count, bits)]
+
+
+def unpack_bits(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
+    """Undo `pack_bits`.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        uint8, shape (packed_size(count, bits),).
+    count : int
+        Number of symbols.
+    bits : int
+        1 to 16.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (count,), uint8 for up to eight bits, else int32.
+    """
+    if bits > 8:
+        high = unpack_bits(packed[count:], count, bits - 8).to(torch.int32)
+        return high << 8 | packed[:count]
+    if bits == 8:
+        return packed
+    groups = (count + 7) // 8
+    octets = packed.new_zeros((groups, 8))
+    whole = packed.numel() // bits
+    octets[:whole, :bits] = packed[: whole * bits].view(whole, bits)
+    if whole < groups:
+        octets[whole, : packed.numel() - whole * bits] = packed[whole * bits :]
+    words = octets.view(torch.int64).view(-1)
+    for width in (32, 16, 8):
+        used = bits * width // 8
+        words = (words | words << (width - used)) & _field_mask(used, width)
+    return words.view(torch.uint8)[:count]
+
+
+def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> int:
+    """Count a symbol among packed ones, a little at a time.
+
+    Parameters
+    ----------
+    payload : memoryview
+        ``packed_size(count, bits)`` bytes.
+    count : int
+        Number of symbols packed.
+    bits : int
+        1 to 8.
+    symbol : int
+        The symbol to count.
+
+    Returns
+    -------
+    int
+        How often it occurs; under 1 MiB is allocated.
+    """
+    found = 0
+    for start in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - start)
+        part = payload[start * bits // 8 :][: packed_size(size, bits)]
+        symbols = unpack_bits(to_tensor(part, torch.uint8, "cpu"), size, bits)
+        found += int((symbols == symbol).sum())
+    return found
+
+
+def chunks(payload: memoryview, dtype: str) -> Iterator[np.ndarray]:
+    """Yield the payload in pieces of at most 128 KiB, each overlapping by one element.
+
+    Parameters
+    ----------
+    payload : memoryview
+        Whole number of elements.
+    dtype : str
+        NumPy type of the elements.
+
+    Yields
+    ------
+    numpy.ndarray
+        A read-only view; it begins with the last element of the piece before.
+    """
+    array = np.frombuffer(payload, dtype=dtype)
+    step = _CHUNK // array.itemsize
+    for start in range(0, len(array), step):
+        yield array[max(start - 1, 0) : start + step]
+
+
+def _to_host(part: torch.Tensor) -> np.ndarray:
+    return part.contiguous().view(torch.uint8).cpu().numpy()
+
+
+def _checksum(fields: memoryview) -> int:
+    """Return the checksum of a header, which leaves out the checksum itself."""
+    before = zlib.crc32(fields[: _CHECKSUM.start])
+    return zlib.crc32(fields[_CHECKSUM.stop :], before)
+
+
+def _field_mask(used: int, width: int) -> int:
+    """Return the low ``used`` bits of every ``width`` of 64, as a signed number."""
+    mask = sum(((1 << used) - 1) << start for start in range(0, 64, width))
+    return mask - (1 << 64) if mask >> 63 else mask
