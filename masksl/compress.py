@@ -92,7 +92,7 @@ class Compressor(ABC):
             )
         if tensor.numel() == 0:
             raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
-        flat = tensor.detach().contiguous().view(-1)
+        flat = wire.flatten(tensor)
         _check_finite(flat, self.name)
         params, parts = self.pack(flat, seed=seed, training=training)
         header = wire.Header(self.name, tensor.dtype, tuple(tensor.shape), params)
@@ -376,9 +376,12 @@ class Identity(Compressor):
         cls, header: wire.Header, payload: memoryview, device: torch.device | str
     ) -> torch.Tensor:
         (code,) = header.unpack_params(cls._PARAMS)
-        if code not in wire.DTYPES:
-            raise FrameError(f"none frame holds values of the unknown dtype {code}")
-        dtype = wire.DTYPES[code]
+        dtype = wire.DTYPES.get(code)
+        narrowed = dtype in _HALF and header.dtype not in _HALF
+        if dtype is None or not (dtype == header.dtype or narrowed):
+            raise FrameError(
+                f"none frame holds values of dtype code {code} for {header.dtype}"
+            )
         wire.check_payload(header, payload, header.elements * dtype.itemsize)
         values = wire.Header(header.compressor, dtype, header.shape, b"")
         return _read_values(values, payload, device)
@@ -441,7 +444,8 @@ class UniformQuantization(Compressor):
         cls, header: wire.Header, payload: memoryview, device: torch.device | str
     ) -> torch.Tensor:
         bits, lo, hi = header.unpack_params(cls._PARAMS)
-        if not (1 <= bits <= 16 and -np.inf < lo <= hi < np.inf):
+        most = torch.finfo(header.dtype).max
+        if not (1 <= bits <= 16 and -most <= lo <= hi <= most):
             raise FrameError(f"qu frame declares {bits} bits from {lo} to {hi}")
         wire.check_payload(header, payload, wire.packed_size(header.elements, bits))
         share = np.arange(2**bits) / (2**bits - 1)

@@ -356,7 +356,7 @@ def batches(samples: int, batch_size: int) -> list[tuple[int, int]]:
         First and one past the last sample of every step.
     """
     starts = list(range(0, samples, batch_size))
-    if len(starts) > 1 and samples - starts[-1] == 1:
+    if len(starts) > 1 and samples % batch_size == 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], samples], strict=True))
 

@@ -210,8 +210,8 @@ class LiveArray(Array):
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The tensor's bytes, row-major, little-endian."""
-        tensor = self.__dict__["tensor"].detach().contiguous()
-        return tensor.view(-1).view(torch.uint8).cpu().numpy().tobytes()
+        flat = wire.flatten(self.__dict__["tensor"])
+        return flat.view(torch.uint8).cpu().numpy().tobytes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)

@@ -85,7 +85,8 @@ def resolve_cut(name: str, cut: int | str) -> int:
     units = architecture.cuts.get(cut, cut) if isinstance(cut, str) else cut
     if isinstance(units, str) and units.isdecimal():
         units = int(units)
-    if not isinstance(units, int) or not 1 <= units < architecture.units:
+    whole = isinstance(units, int) and not isinstance(units, bool)
+    if not (whole and 1 <= units < architecture.units):
         raise ValueError(
             f"cut={cut!r}: must be {', '.join(architecture.cuts)} "
             f"or a whole number from 1 to {architecture.units - 1} for {name}"

@@ -97,7 +97,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     seconds = time.monotonic() - began
     summary = summarize(settings, rows, strategy.ledger, seconds)
     results.finish(summary)
-    print_summary(summary, str(folder))
+    print_summary(summary, str(folder.resolve()))
 
 
 def make_strategy(settings: Settings, observer: Any) -> SplitLearning:

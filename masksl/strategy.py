@@ -462,7 +462,7 @@ class SplitLearning(Strategy):
         group = "gradient_compressor" if gradient else "compressor"
         return (
             f"round {self._round.number}, step {step}, client {client}, "
-            f"compressor {self.settings[f'{group}.name']}"
+            f"{group} {self.settings[f'{group}.name']}"
         )
 
     def _derive(self, purpose: str, client: int, step: int) -> int:

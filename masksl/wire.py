@@ -193,6 +193,18 @@ def check_payload(header: Header, payload: memoryview, expected: int) -> None:
         )
 
 
+def flatten(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements in row-major order, shape (d,), with stride 1.
+
+    A tensor of one element counts as contiguous whatever its stride, and could then
+    not be viewed as bytes.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat
+
+
 def to_tensor(
     payload: memoryview, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
@@ -252,9 +264,10 @@ def pack_bits(symbols: torch.Tensor, bits: int) -> torch.Tensor:
     if count % 8:
         symbols = torch.nn.functional.pad(symbols, (0, -count % 8))
     words = symbols.view(torch.int64)
-    for width in (8, 16, 32):  # two fields of `width` bits become one of twice that
+    for width in (8, 16, 32):  # bits used of each `width`; of each pair, side by side
         used = bits * width // 8
-        words = (words | words >> (width - used)) & _field_mask(2 * used, 2 * width)
+        low = _fields(used, 2 * width)
+        words = words & low | words >> (width - used) & low << used
     packed = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
     return packed[: packed_size(count, bits)]
 
@@ -290,7 +303,8 @@ def unpack_bits(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     words = octets.view(torch.int64).view(-1)
     for width in (32, 16, 8):
         used = bits * width // 8
-        words = (words | words << (width - used)) & _field_mask(used, width)
+        low = _fields(used, 2 * width)
+        words = words & low | words << (width - used) & low << width
     return words.view(torch.uint8)[:count]
 
 
@@ -344,7 +358,7 @@ def chunks(payload: memoryview, dtype: str) -> Iterator[np.ndarray]:
 
 
 def _to_host(part: torch.Tensor) -> np.ndarray:
-    return part.contiguous().view(torch.uint8).cpu().numpy()
+    return flatten(part).view(torch.uint8).cpu().numpy()
 
 
 def _checksum(fields: memoryview) -> int:
@@ -353,7 +367,6 @@ def _checksum(fields: memoryview) -> int:
     return zlib.crc32(fields[_CHECKSUM.stop :], before)
 
 
-def _field_mask(used: int, width: int) -> int:
-    """Return the low ``used`` bits of every ``width`` of 64, as a signed number."""
-    mask = sum(((1 << used) - 1) << start for start in range(0, 64, width))
-    return mask - (1 << 64) if mask >> 63 else mask
+def _fields(used: int, width: int) -> int:
+    """Return the low ``used`` of every ``width`` of 64 bits."""
+    return sum(((1 << used) - 1) << start for start in range(0, 64, width))

@@ -1,5 +1,6 @@
 """Engine `local`: the ServerApp and every client in this process, one after another."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from traceback import format_exception_only
@@ -10,6 +11,8 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+_run_ids = itertools.count(1)
 
 
 class LocalGrid(Grid):
@@ -23,12 +26,17 @@ class LocalGrid(Grid):
         Number of nodes.
     run_id : int
         Id of the run.
+
+    Attributes
+    ----------
+    contexts : dict[int, Context]
+        State of every client by its node.
     """
 
     def __init__(self, client_app: ClientApp, clients: int, run_id: int) -> None:
         self._client_app = client_app
         self._run = Run.create_empty(run_id)
-        self._contexts = {
+        self.contexts = {
             number + 1: Context(
                 run_id=run_id,
                 node_id=number + 1,
@@ -64,7 +72,7 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes, by partition."""
-        return list(self._contexts)
+        return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer messages; `pull_messages` gives the replies out."""
@@ -91,7 +99,7 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
+        context = self.contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)
         except Exception as error:  # pylint: disable=broad-exception-caught
@@ -100,20 +108,27 @@ class LocalGrid(Grid):
             return Message(Error(code, reason), reply_to=message)
 
 
-_runs = 0  # runs of this process, which number them
+def open_grid(client_app: ClientApp, clients: int) -> LocalGrid:
+    """Return a grid for a new run of this process.
+
+    Outside Flower's runtime nobody else tells messages whose they are: it is done here.
+    """
+    run_id = next(_run_ids)
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    TaskIdentity.task_id = 1
+    return LocalGrid(client_app, clients, run_id)
 
 
 def run(build: Callable[[], ServerApp], client_app: str, *, clients: int) -> None:
     """Run a ServerApp with so many clients; see `masksl.engine.run`."""
-    global _runs  # pylint: disable=global-statement
-    _runs += 1
-    # Outside Flower's runtime nobody else tells messages whose they are.
-    TaskIdentity.run_id = _runs
-    TaskIdentity.node_id = SUPERLINK_NODE_ID
-    TaskIdentity.task_id = 1
     module, _, attribute = client_app.partition(":")
-    grid = LocalGrid(getattr(import_module(module), attribute), clients, _runs)
+    grid = open_grid(getattr(import_module(module), attribute), clients)
     context = Context(
-        run_id=_runs, node_id=0, node_config={}, state=RecordDict(), run_config={}
+        run_id=grid.run.run_id,
+        node_id=0,
+        node_config={},
+        state=RecordDict(),
+        run_config={},
     )
     build()(grid, context)

@@ -1,0 +1,114 @@
+"""What the tests share: composed settings, small runs, data made on the spot."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+# pylint: disable=wrong-import-position
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from masksl import client_app, config, dataset, messages, server_app
+from masksl.dataset import Spec, TensorImages
+from masksl.engine.local import LocalGrid, open_grid
+from masksl.settings import Settings, flatten
+from masksl.strategy import SplitLearning
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def settings_of(*overrides: str) -> Settings:
+    """Return the settings that the command line with these overrides makes."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        composed = compose("base", overrides=["engine=local", *overrides])
+    settings = flatten(OmegaConf.to_container(composed, resolve=True))
+    config.check(settings)
+    return settings
+
+
+@dataclass
+class Training:
+    """A run on the local engine and what it told."""
+
+    grid: LocalGrid
+    strategy: SplitLearning
+    losses: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def client(self, number: int) -> client_app.Client:
+        return client_app.Client.of(self.grid.contexts[number + 1])
+
+    def client_tensors(self, number: int) -> dict[str, torch.Tensor]:
+        state = self.grid.contexts[number + 1].state
+        return messages.state_tensors(state["half"], torch.device("cpu"))
+
+
+def prepare(settings: Settings) -> Training:
+    """Return a run that has met its clients but not begun."""
+    grid = open_grid(client_app.app, int(settings["clients"]))
+
+    class Recorder:
+        def on_step(self, round_: int, step: int, steps: int, loss: float) -> None:
+            training.losses.append(loss)
+
+        def on_round(self, row: Any) -> None:
+            training.rows.append(dict(row))
+
+    training = Training(grid, server_app.make_strategy(settings, Recorder()))
+    training.strategy.greet(grid)
+    return training
+
+
+def train(*overrides: str) -> Training:
+    """Run a configuration to its end on the local engine."""
+    settings = settings_of(*overrides)
+    training = prepare(settings)
+    for number in range(1, int(settings["rounds"]) + 1):
+        training.strategy.run_round(training.grid, number, int(settings["rounds"]))
+    return training
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_data() -> Iterator[None]:
+    """Register ``toy``: random images of CIFAR's shape, enough for 20 steps of 8."""
+
+    def load(_: dataset.DatasetConfig) -> tuple[TensorImages, TensorImages]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (1000, 3, 32, 32), generator=generator)
+        labels = torch.randint(0, 10, (1000,), generator=generator)
+        pixels = images.to(torch.uint8)
+        return TensorImages(pixels, labels), TensorImages(pixels[:40], labels[:40])
+
+    half = (0.5, 0.5, 0.5)
+    dataset.DATASETS["toy"] = Spec(load, 10, 3, 32, half, half, 4, True)
+    config.RULES["dataset.name"] = config._choice(list(dataset.DATASETS))
+    yield
+    del dataset.DATASETS["toy"]
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Return the folder of real CIFAR and MNIST that MASKSL_DATA names, else skip."""
+    root = os.environ.get("MASKSL_DATA")
+    if not root:
+        pytest.skip("MASKSL_DATA does not name a folder with CIFAR-10 and MNIST")
+    return Path(root)
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Return every device that is here in turn."""
+    return request.param
+
+
+Overrides = Callable[..., Training]

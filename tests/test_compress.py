@@ -1,0 +1,369 @@
+"""The compressors: identities, bounds, exact sizes, special tensors."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from masksl import wire
+from masksl.compress import COMPRESSORS, NotFiniteError, decode, make
+
+# The method's worked example (figure 1 of the paper): 4x4, k = 4, 2 bits.
+EXAMPLE = torch.tensor(
+    [
+        [2.2, 0.8, 1.2, 0.4],
+        [1.8, 0.2, 3.1, 2.0],
+        [2.1, 0.2, 1.1, 1.7],
+        [0.3, 2.8, 1.4, 0.9],
+    ]
+)
+ALL = [
+    ("none", {}),
+    ("qu", {"bits": 3}),
+    ("qu", {"bits": 11}),
+    ("qu", {"bits": 4, "rounding": "stochastic"}),
+    ("sp", {"sparsity": 0.9}),
+    ("sp", {"sparsity": 0.99}),
+    ("ms", {"sparsity": 0.9, "bits": 2}),
+    ("ms", {"sparsity": 0.9, "bits": 3, "rounding": "floor"}),
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def payload_of(frame: bytes) -> bytes:
+    return bytes(wire.parse(frame)[1])
+
+
+# --- the paper's example and acceptance checks ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounding", "symbols", "error"),
+    [
+        ("floor", [3, 1, 1, 0, 2, 0, 3, 2, 3, 0, 1, 2, 0, 3, 2, 1], 1.183),
+        ("nearest", [3, 1, 2, 1, 2, 0, 3, 2, 3, 0, 2, 2, 0, 3, 2, 1], 1.025),
+    ],
+)
+def test_worked_example(rounding: str, symbols: list[int], error: float) -> None:
+    frame = make("ms", sparsity=0.75, bits=2, rounding=rounding).encode(EXAMPLE)
+    payload = payload_of(frame)
+    assert len(payload) == 20
+    values = torch.frombuffer(bytearray(payload[:16]), dtype=torch.float32)
+    assert torch.equal(values, torch.tensor([2.2, 3.1, 2.1, 2.8]))
+    packed = torch.tensor(list(payload[16:]), dtype=torch.uint8)
+    assert wire.unpack_bits(packed, 16, 2).tolist() == symbols
+    assert (decode(frame) - EXAMPLE).norm().item() == pytest.approx(error, abs=5e-4)
+
+
+def test_worked_example_top_4() -> None:
+    decoded = decode(make("sp", sparsity=0.75).encode(EXAMPLE))
+    assert (decoded - EXAMPLE).norm().item() == pytest.approx(4.064, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bits", "rate"),
+    [
+        ("ms", {"sparsity": 0.99, "bits": 2}, 2.32, 0.9275),
+        ("sp", {"sparsity": 0.95875}, 2.32, 0.9275),
+        ("qu", {"bits": 3}, 3.0, 0.90625),
+        ("none", {}, 32.0, 0.0),
+    ],
+)
+def test_size_is_that_of_the_paper(
+    name: str, options: dict[str, Any], bits: float, rate: float
+) -> None:
+    activation = torch.relu(torch.randn(256, 64, 16, 16))
+    frame = make(name, **options).encode(activation)
+    information = bits * activation.numel() / 8
+    assert information - 64 < len(frame) <= information + 64
+    assert 1 - len(frame) / (4 * activation.numel()) == pytest.approx(rate, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "form"), [(0.968, "bitmap"), (0.96875, "bitmap"), (0.969, "index")]
+)
+def test_positions_cross_over_at_96_875_percent(sparsity: float, form: str) -> None:
+    kept = math.floor(round((1 - sparsity) * 32_000, 6))
+    frame = make("sp", sparsity=sparsity).encode(torch.randn(32_000))
+    positions = {"bitmap": 4000, "index": 4 * kept}[form]
+    assert len(payload_of(frame)) == 4 * kept + positions
+
+
+def test_mask_of_one_bit_is_plain_top_k() -> None:
+    tensor = torch.randn(50, 40)
+    masked = decode(make("ms", sparsity=0.9, bits=1).encode(tensor))
+    assert torch.equal(masked, decode(make("sp", sparsity=0.9).encode(tensor)))
+
+
+@pytest.mark.parametrize("name", ["sp", "ms"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keeping_everything_is_lossless(name: str, dtype: torch.dtype) -> None:
+    tensor = torch.randn(30, 7).to(dtype)
+    assert torch.equal(decode(make(name, sparsity=0).encode(tensor)), tensor)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rounding", ["nearest", "floor"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_error_of_ms_is_bounded(bits: int, rounding: str, signed: bool) -> None:
+    tensor = torch.randn(20_000)
+    tensor = tensor if signed else tensor.relu()
+    frame = make("ms", sparsity=0.98, bits=bits, rounding=rounding).encode(tensor)
+    decoded, magnitude = decode(frame), tensor.abs()
+    smallest = magnitude.topk(400).values.amin()
+    kept = magnitude >= smallest
+    assert torch.equal(decoded[kept], tensor[kept])
+    level = smallest / (2**bits - 1)
+    error = (decoded - tensor).abs()
+    last = magnitude > smallest - level / 2
+    bound = torch.where(last | (rounding == "floor"), level, level / 2)
+    assert bool((error[~kept] <= bound[~kept] * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 12, 16])
+def test_error_of_qu_is_half_a_level(bits: int) -> None:
+    tensor = torch.randn(10_000)
+    decoded = decode(make("qu", bits=bits).encode(tensor))
+    level = (tensor.max() - tensor.min()) / (2**bits - 1)
+    assert float((decoded - tensor).abs().max()) <= float(level) * 0.5 + 1e-6
+    assert decoded.min() == tensor.min()
+    assert decoded.max() == tensor.max()
+
+
+def test_stochastic_rounding_is_right_in_the_mean() -> None:
+    tensor = torch.rand(200)
+    compressor = make("qu", bits=2, rounding="stochastic")
+    draws = [decode(compressor.encode(tensor, seed=seed)) for seed in range(2000)]
+    level = float(tensor.max() - tensor.min()) / 3
+    mean_error = (torch.stack(draws).mean(0) - tensor).abs().max()
+    assert float(mean_error) < 6 * level / 2 / math.sqrt(2000)
+
+
+def test_narrow_values_are_those_of_the_type() -> None:
+    tensor = torch.randn(100)
+    for values in ("float16", "bfloat16"):
+        frame = make("none", values=values).encode(tensor)
+        assert len(payload_of(frame)) == 200
+        narrowed = tensor.to(getattr(torch, values)).float()
+        assert torch.equal(decode(frame), narrowed)
+    with pytest.raises(NotFiniteError, match="1 of 2 values are out of the range"):
+        make("none", values="float16").encode(torch.tensor([1.0, 1e6]))
+
+
+def test_real_activations_have_the_measured_error(data_root: Any) -> None:
+    from masksl import dataset, model  # pylint: disable=import-outside-toplevel
+
+    data = dataset.load(dataset.DatasetConfig("cifar10", str(data_root)))
+    images, _ = data.train_batch(torch.arange(256), torch.Generator())
+    units = model.build("small_cnn", 10, 3, seed=0)
+    activation = units[0](images).detach()
+    errors = {}
+    for rounding in ("nearest", "floor"):
+        frame = make("ms", rounding=rounding).encode(activation)
+        assert len(frame) * 8 / activation.numel() == pytest.approx(2.32, abs=1e-3)
+        errors[rounding] = float((decode(frame) - activation).norm())
+    assert errors["nearest"] < errors["floor"] < float(activation.norm())
+
+
+# --- what holds for all ---------------------------------------------------------------
+
+shapes = st.lists(st.integers(1, 9), min_size=0, max_size=5).map(tuple)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    case=st.sampled_from(ALL),
+    shape=shapes,
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["normal", "relu", "ties", "zero", "constant", "sparse"]),
+    layout=st.sampled_from(["plain", "transposed", "strided"]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_tensor_comes_back_right(
+    case: tuple[str, dict[str, Any]],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kind: str,
+    layout: str,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = special(kind, shape, generator).to(dtype)
+    if layout == "transposed":
+        tensor = tensor.permute(list(range(tensor.ndim))[::-1])
+    elif layout == "strided" and tensor.ndim:
+        tensor = torch.stack([tensor, -tensor], dim=-1)[..., 0]
+    compressor = make(case[0], **case[1])
+    state = torch.random.get_rng_state()
+    frame = compressor.encode(tensor, seed=seed)
+    assert isinstance(frame, bytes)
+    assert frame == compressor.encode(tensor.clone(), seed=seed)
+    decoded = decode(frame)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (decoded.shape, decoded.dtype) == (tensor.shape, tensor.dtype)
+    check_against_plain_loop(case, tensor.reshape(-1).tolist(), decoded)
+
+
+def special(
+    kind: str, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor:
+    normal = torch.randn(shape, generator=generator)
+    match kind:
+        case "relu":
+            return normal.relu()
+        case "ties":
+            return normal.round()
+        case "zero":
+            return torch.zeros(shape)
+        case "constant":
+            return torch.full(shape, -1.5)
+        case "sparse":
+            return normal * (torch.rand(shape, generator=generator) < 0.05)
+    return normal
+
+
+def check_against_plain_loop(
+    case: tuple[str, dict[str, Any]], x: list[float], decoded: torch.Tensor
+) -> None:
+    """Compare with the definition, written out over single numbers."""
+    name, options = case
+    got = decoded.reshape(-1).double().tolist()
+    eps = float(torch.finfo(decoded.dtype).eps)
+    count = len(x)
+    if name == "none":
+        assert got == x
+    elif name == "qu":
+        level = (max(x) - min(x)) / (2 ** options["bits"] - 1)
+        reach = 1 if options.get("rounding") == "stochastic" else 0.5
+        slack = 8 * max(eps, 1.2e-7) * max(map(abs, x))
+        assert all(
+            abs(a - b) <= level * reach + slack for a, b in zip(got, x, strict=True)
+        )
+    else:
+        kept = max(1, count * round(100 - 100 * options["sparsity"]) // 100)
+        order = sorted(range(count), key=lambda i: (-abs(x[i]), i))[:kept]
+        smallest = abs(x[order[-1]])
+        bits = options.get("bits", 1)
+        for i, (a, b) in enumerate(zip(got, x, strict=True)):
+            if i in order:
+                assert a == b
+            elif smallest == 0:
+                assert a == 0
+            else:
+                level = smallest / (2**bits - 1)
+                top = 2**bits - 2
+                assert a == 0 or (a > 0) == (b > 0)
+                assert abs(a) <= top * level * (1 + 2 * eps)
+                if bits > 1:
+                    assert abs(a - b) <= level * (1 + 4 * eps + 1e-5) + 4 * eps * abs(b)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_devices_and_memory_formats(case: tuple[str, Any], device: str) -> None:
+    tensor = torch.randn(4, 8, 5, 5).to(device)
+    compressor = make(case[0], **case[1])
+    frame = compressor.encode(tensor)
+    assert frame == compressor.encode(tensor.to(memory_format=torch.channels_last))
+    decoded = decode(frame, device=device)
+    assert decoded.device.type == device
+    assert torch.equal(decoded.cpu(), decode(frame))
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_large_selection_is_exact(case: tuple[str, Any]) -> None:
+    """Big enough for the threshold from a sample; ties and rows of zeros included."""
+    tensor = (torch.randn(300_000) * 4).round() / 4
+    tensor[::7] = 0
+    if case[0] in ("sp", "ms"):
+        kept = round((1 - case[1]["sparsity"]) * 300_000)
+        order = torch.sort(tensor.abs(), descending=True, stable=True).indices[:kept]
+        decoded = decode(make(case[0], **case[1]).encode(tensor))
+        assert torch.equal(decoded[order], tensor[order])
+        if case[0] == "sp":
+            assert int((decoded != 0).sum()) == int((tensor[order] != 0).sum())
+
+
+@pytest.mark.parametrize("name", ["none", "sp", "ms"])
+def test_decoding_then_encoding_changes_nothing_more(name: str) -> None:
+    options = {} if name == "none" else {"sparsity": 0.9}
+    compressor = make(name, **options)
+    once = decode(compressor.encode(torch.randn(500).relu()))
+    assert torch.equal(decode(compressor.encode(once)), once)
+
+
+def test_counts_are_decimal() -> None:
+    for sparsity, count, kept in [(0.9, 100, 10), (0.99, 4_194_304, 41_943)]:
+        frame = make("ms", sparsity=sparsity).encode(torch.rand(count))
+        assert len(payload_of(frame)) == 4 * kept + count // 4
+
+
+def test_extreme_values() -> None:
+    for dtype in (torch.float32, torch.float64):
+        info = torch.finfo(dtype)
+        tensor = torch.tensor([info.min, -1.0, 0, info.tiny, 1.0, info.max], dtype=dtype)
+        for name, options in ALL:
+            decoded = decode(make(name, **options).encode(tensor))
+            assert bool(torch.isfinite(decoded).all()), (name, decoded)
+            assert decoded[0] == info.min or name in ("sp", "ms", "qu")
+        tiny = torch.tensor([0.0, info.tiny / 4, info.tiny / 2, info.tiny], dtype=dtype)
+        decoded = decode(make("qu", bits=8).encode(tiny))
+        assert float((decoded - tiny).abs().max()) <= info.tiny / 255
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["none", "qu", "sp", "ms"])
+def test_bad_tensors_are_refused(name: str) -> None:
+    compressor = make(name)
+    with pytest.raises(ValueError, match=f"{name}: tensor of shape"):
+        compressor.encode(torch.empty(0, 3))
+    with pytest.raises(TypeError, match=f"{name}: dtype torch.int64"):
+        compressor.encode(torch.arange(3))
+    bad = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 2.0])
+    with pytest.raises(NotFiniteError, match=f"{name}: 3 of 5 values are not finite"):
+        compressor.encode(bad)
+    large = torch.full((4,), torch.finfo(torch.float32).max)  # its sum is infinite
+    assert decode(compressor.encode(large))[0] == large[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("zip", {}, "name='zip': must be one of none, qu, sp, ms"),
+        ("ms", {"ratio": 0.9}, "ratio=0.9: ms has the options sparsity, bits"),
+        ("ms", {"sparsity": 1.5}, "sparsity=1.5: must be at least 0 and less than 1"),
+        ("ms", {"sparsity": 1}, "sparsity=1: must be"),
+        ("ms", {"sparsity": "x"}, "sparsity='x': must be"),
+        ("ms", {"bits": 0}, "bits=0: must be a whole number from 1 to 8"),
+        ("ms", {"bits": 2.5}, "bits=2.5: must be"),
+        ("ms", {"rounding": "up"}, "rounding='up': must be one of nearest, floor"),
+        ("qu", {"bits": 17}, "bits=17: must be a whole number from 1 to 16"),
+        ("sp", {"sparsity": -0.1}, "sparsity=-0.1: must be"),
+        ("none", {"values": "int8"}, "values='int8': must be one of float32"),
+    ],
+)
+def test_bad_options_are_named(name: str, options: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make(name, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_every_compressor_is_tested_here() -> None:
+    assert {name for name, _ in ALL} == set(COMPRESSORS)
+
+
+def test_importing_it_loads_no_framework() -> None:
+    script = (
+        "import sys, masksl.compress; "
+        "print([m for m in ('flwr', 'ray', 'hydra') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

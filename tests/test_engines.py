@@ -1,0 +1,132 @@
+"""The same configuration gives the same run on every engine."""
+
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masksl import client_app, engine, messages, results, server_app
+from masksl.main import CLIENT_APP
+from masksl.messages import RunError
+from masksl.settings import Settings, section
+from tests.conftest import settings_of
+
+SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
+
+
+def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    """Run on the engine of the settings; return the rows without what is timed."""
+    engine.run(
+        str(settings["engine.name"]),
+        partial(server_app.build, settings, folder),
+        CLIENT_APP,
+        clients=int(settings["clients"]),
+        options=section(settings, "engine"),
+    )
+    rows = results.read_rows(folder)
+    for row in rows:
+        del row["wall_seconds"]
+    return rows
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_engines_agree(sync: str, tmp_path: Path) -> None:
+    """Three clients on Flower's two Ray workers: messages change the process."""
+    overrides = (*SMALL, f"client_sync={sync}")
+    local = run(settings_of(*overrides), tmp_path / "local")
+    remote = settings_of(*overrides, "engine=flower", "engine.cpus_per_client=0.5")
+    flower = run(remote, tmp_path / "flower")
+    moved = [row.pop("rebuilt_graphs") for row in flower]
+    stayed = [row.pop("rebuilt_graphs") for row in local]
+    assert flower == local
+    assert sum(moved) > 0
+    assert sum(stayed) == 0
+
+
+@pytest.mark.parametrize("name", engine.ENGINES)
+def test_divergence_ends_a_run_with_one_line(name: str, tmp_path: Path) -> None:
+    settings = settings_of(*SMALL, f"engine={name}", "optimizer.lr=1e30")
+    with pytest.raises(RunError) as caught:
+        run(settings, tmp_path)
+    message = str(caught.value)
+    assert message == (
+        "round 1, step 1, client 0, gradient_compressor none: "
+        "none: 24576 of 24576 values are not finite"
+    )
+    assert not (tmp_path / results.SUMMARY).exists()
+
+
+def test_a_diverged_activation_names_its_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forward = client_app.Client.run_forward
+
+    def diverge(client: client_app.Client, half: Any, place: Any) -> Any:
+        activation, labels = forward(client, half, place)
+        if (client.number, place.step) == (2, 1):
+            activation[3] = float("nan")
+        return activation, labels
+
+    monkeypatch.setattr(client_app.Client, "run_forward", diverge)
+    with pytest.raises(RunError) as caught:
+        run(settings_of(*SMALL), tmp_path)
+    assert str(caught.value) == (
+        "round 1, step 1, client 2, compressor ms: "
+        "ms: 1024 of 24576 values are not finite"
+    )
+
+
+def test_an_altered_frame_names_its_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forward = client_app.forward
+
+    def alter(client: client_app.Client, content: Any) -> Any:
+        reply = forward(client, content)
+        if client.number == 1:
+            frame = bytearray(messages.frame_of(reply, "activation"))
+            frame[100] ^= 4
+            reply["activation"] = messages.frame_record(bytes(frame))
+        return reply
+
+    monkeypatch.setattr(client_app, "forward", alter)
+    with pytest.raises(RunError) as caught:
+        run(settings_of(*SMALL), tmp_path)
+    assert str(caught.value) == (
+        "round 1, step 0, client 1, compressor ms: "
+        "checksum does not match: the frame has been altered"
+    )
+
+
+def test_a_client_that_raises_ends_a_run_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(client: client_app.Client, content: Any) -> Any:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(client_app, "backward", fail)
+    with pytest.raises(RunError, match="client 0, .* failed: KeyError: 'no such thing"):
+        run(settings_of(*SMALL), tmp_path)
+
+
+def test_nothing_of_a_simulation_stays_behind(tmp_path: Path) -> None:
+    run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+    ray = [line for line in listed.stdout.splitlines() if "raylet" in line.split(" ")[0]]
+    assert ray == []
+
+
+def test_unknown_engines_are_refused() -> None:
+    with pytest.raises(ValueError, match="engine.name='mpi': must be one of flower"):
+        engine.run("mpi", lambda: None, "", clients=1, options={})  # type: ignore
+
+
+def test_missing_clients_are_named() -> None:
+    class Empty:
+        def get_node_ids(self) -> list[int]:
+            return [5, 6]
+
+    with pytest.raises(RunError, match="clients=10: 2 nodes connected within 0 s"):
+        server_app.wait_for_clients(Empty(), 10, 0.2)  # type: ignore[arg-type]

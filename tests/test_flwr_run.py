@@ -1,0 +1,67 @@
+"""``flwr run``: the default job from pyproject.toml on a local SuperLink."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, train
+
+FLWR = Path(sys.executable).with_name("flwr")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Return an environment with a Flower home of its own; end its SuperLink."""
+    environment = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{FLWR.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    (tmp_path / "flwr").mkdir()
+    yield environment
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+    )
+    for line in listed.stdout.splitlines():
+        pid, _, arguments = line.strip().partition(" ")
+        if "flower-superlink" in arguments and environment["FLWR_HOME"] in arguments:
+            os.kill(int(pid), signal.SIGTERM)
+
+
+def test_flwr_run_trains_the_default_job(home: dict[str, str], tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "masksl", project / "masksl", ignore=ignored)
+
+    def flwr(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(FLWR), *arguments],
+            cwd=project,
+            env=home,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    federation = ("@none/default", "local", "--num-supernodes", "10")
+    flwr("federation", "simulation-config", *federation)
+    printed = flwr("run", ".", "--stream", "--run-config", "rounds=1")
+    row = train("rounds=1").rows[0]
+    assert f"round 1/1: top-1 {row['top1']:.2%}, training loss {row['loss']:.4f}" in (
+        printed
+    )
+    sent = row["bytes"]["training"]["up"]["activation"]
+    assert f"{sent:,} B" in printed
+    assert len(list(project.glob("outputs/*/*/summary.json"))) == 1

@@ -1,0 +1,80 @@
+"""Networks: parameters, units, cuts, shapes."""
+
+import pytest
+import torch
+
+from masksl import model
+
+CASES = [
+    ("vgg19", 10, 32, 38_958_922),
+    ("resnet18", 100, 32, 11_220_132),
+    ("resnet34", 1000, 224, 21_797_672),
+    ("resnet34_64", 200, 64, 21_379_592),
+    ("small_cnn", 10, 8, 224_842),
+]
+SHAPES = {
+    "vgg19": [(64, 16, 16), (256, 4, 4), (512, 2, 2)],
+    "resnet18": [(64, 32, 32), (128, 16, 16), (256, 8, 8)],
+    "resnet34": [(64, 56, 56), (128, 28, 28), (256, 14, 14)],
+    "resnet34_64": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],
+    "small_cnn": [(64, 4, 4), (128, 2, 2), (128, 1, 1)],
+}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "classes", "size", "expected"), CASES)
+def test_halves_hold_exactly_the_network(
+    name: str, classes: int, size: int, expected: int
+) -> None:
+    architecture = model.ARCHITECTURES[name]
+    units = model.build(name, classes, 3, seed=0)
+    assert len(units) == architecture.units
+    assert sum(map(parameters, units)) == expected
+    images = torch.randn(2, 3, size, size)
+    whole = torch.nn.Sequential(*units).eval()
+    with torch.no_grad():
+        logits = whole(images)
+        assert logits.shape == (2, classes)
+        for cut in range(1, len(units)):
+            client, server = model.split(units, cut)
+            assert parameters(client) + parameters(server) == expected
+        for cut, shape in zip(architecture.cuts, SHAPES[name], strict=True):
+            client, server = model.split(units, model.resolve_cut(name, cut))
+            activation = client(images)
+            assert activation.shape == (2, *shape)
+            assert torch.equal(server(activation), logits)
+
+
+def test_named_cuts_are_those_of_the_design() -> None:
+    cuts = {n: list(a.cuts.values()) for n, a in model.ARCHITECTURES.items()}
+    assert cuts["vgg19"] == [2, 8, 15]
+    assert cuts["resnet18"] == [2, 5, 7]
+    assert cuts["resnet34"] == cuts["resnet34_64"] == [2, 8, 14]
+    assert list(model.ARCHITECTURES["vgg19"].cuts) == ["shallow", "medium", "deep"]
+
+
+@pytest.mark.parametrize("size", [8, 28, 33])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_cnn_takes_any_image(size: int, channels: int) -> None:
+    units = model.build("small_cnn", 7, channels, seed=0)
+    images = torch.randn(2, channels, size, size)
+    assert torch.nn.Sequential(*units)(images).shape == (2, 7)
+    assert units[0][0].out_channels == 64
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, same, other = (model.build("small_cnn", 10, 1, seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first[0][0].weight, same[0][0].weight)
+    assert not torch.equal(first[0][0].weight, other[0][0].weight)
+
+
+@pytest.mark.parametrize("cut", [0, 17, -1, 2.0, "wide", True, None])
+def test_cuts_outside_the_network_are_refused(cut: object) -> None:
+    with pytest.raises(ValueError, match="cut=.*whole number from 1 to 16 for vgg19"):
+        model.resolve_cut("vgg19", cut)  # type: ignore[arg-type]
+    assert model.resolve_cut("vgg19", "3") == 3

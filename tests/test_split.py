@@ -1,0 +1,302 @@
+"""Split learning equals what it must equal: identities over whole runs."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from masksl import client_app, config, dataset, halves, model, seeds
+from masksl.client_app import _Place
+from masksl.halves import OptimizerConfig, ScheduleConfig
+from tests.conftest import Training, prepare, settings_of, train
+
+UNSPLIT = (
+    "dataset=digits",
+    "dataset.name=toy",
+    "dataset.limit=160",
+    "dataset.test_limit=8",
+    "compressor=none",
+    "clients=1",
+    "batch_size=8",
+    "rounds=1",
+    "optimizer.lr=0.01",
+    "threads.server=1",
+)
+
+
+@pytest.fixture(scope="module")
+def plain_cnn() -> Any:
+    """Register a network without BatchNorm."""
+
+    def build(classes: int, channels: int) -> model.Units:
+        widths = [channels, 16, 32]
+        convolutions = [
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
+            for a, b in pairwise(widths)
+        ]
+        head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 64, classes))
+        return [*convolutions, head]
+
+    model.ARCHITECTURES["plain_cnn"] = model.Architecture(build, 3, {}, ())
+    config.RULES["model.name"] = config._choice(list(model.ARCHITECTURES))
+    yield
+    del model.ARCHITECTURES["plain_cnn"]
+
+
+def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]]:
+    """Train the whole network on what one client sees; return losses and weights."""
+    settings = training.strategy.settings
+    seed = int(settings["seed"])
+    units = model.build(
+        str(settings["model.name"]), 10, 3, seed=seeds.derive(seed, "model")
+    )
+    network = nn.Sequential(*units).train()
+    optimizer = training.strategy.optimizer.make(list(network.parameters()))
+    losses = []
+    torch.set_num_threads(1)
+    for step in range(steps):
+        images, labels = training.client(0).train_batch(_Place(1, step))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(seed, "dropout.server", round=1, step=step))
+            loss = functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, network.state_dict()
+
+
+def whole_state(training: Training) -> dict[str, torch.Tensor]:
+    """Return both halves after a run, named as in the whole network."""
+    strategy = training.strategy
+    if strategy.shared is not None:
+        state = dict(strategy.shared.tensors)
+    else:
+        state = training.client_tensors(0)
+    cut = len(training.client(0).setup.module)
+    for name, tensor in strategy.server.module.state_dict().items():
+        unit, rest = name.split(".", 1)
+        state[f"{int(unit) + cut}.{rest}"] = tensor
+    return state
+
+
+@pytest.mark.parametrize("name", ["vgg19", "resnet18"])
+def test_split_equals_unsplit_bit_for_bit(name: str) -> None:
+    """Twenty steps at every named cut, dropout on, every client_sync."""
+    overrides = [*UNSPLIT, f"model={name}"]
+    losses, weights = unsplit(prepare(settings_of(*overrides)), 20)
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    for cut, sync in (("shallow", "round"), ("medium", "step"), ("deep", "never")):
+        training = train(*overrides, f"cut={cut}", f"client_sync={sync}")
+        assert training.losses == losses
+        state = whole_state(training)
+        assert state.keys() == weights.keys()
+        for key, tensor in weights.items():
+            assert torch.equal(state[key], tensor), (cut, key)
+
+
+TEN = (
+    "dataset=digits",
+    "dataset.name=toy",
+    "dataset.test_limit=10",
+    "dataset.partition=dirichlet",
+    "model.name=plain_cnn",
+    "cut=1",
+    "compressor=none",
+    "rounds=1",
+    "threads.server=1",
+    "optimizer.momentum=0.9",
+)
+
+
+def union_reference(
+    training: Training, steps: int, lr: float
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train the whole network on the union of the clients' batches."""
+    strategy = training.strategy
+    seed = seeds.derive(int(strategy.settings["seed"]), "model")
+    network = nn.Sequential(*model.build("plain_cnn", 10, 3, seed=seed))
+    optimizer = strategy.optimizer.make(list(network.parameters()))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    losses = []
+    for step in range(steps):
+        batches = [
+            training.client(client.number).train_batch(_Place(1, step))
+            for client in strategy.clients
+            if step < client.train_steps
+        ]
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        loss = functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, network.state_dict()
+
+
+def test_ten_unequal_clients_equal_the_union_batch(plain_cnn: None) -> None:
+    overrides = (*TEN, "client_sync=step", "batch_size=6", "optimizer.lr=0.05")
+    training = train(*overrides)
+    counts = [client.train_steps for client in training.strategy.clients]
+    sizes = [client.train_samples for client in training.strategy.clients]
+    assert len(training.losses) == max(counts) >= 20
+    assert len(set(sizes)) > 5
+    losses, weights = union_reference(training, max(counts), 0.05)
+    for ours, reference in zip(training.losses[:20], losses[:20], strict=True):
+        assert ours == pytest.approx(reference, rel=1e-5)
+    state = whole_state(training)
+    difference = torch.cat([(state[k] - w).flatten() for k, w in weights.items()])
+    norm = torch.cat([w.flatten() for w in weights.values()]).norm()
+    assert float(difference.norm() / norm) <= 1e-5
+
+
+def test_average_after_one_local_step_is_the_union_step(plain_cnn: None) -> None:
+    overrides = (*TEN, "batch_size=1000", "optimizer.lr=0.05")
+    by_round = train(*overrides, "client_sync=round")
+    losses, weights = union_reference(by_round, 1, 0.05)
+    assert by_round.losses == pytest.approx(losses, rel=1e-6)
+    for key, tensor in whole_state(by_round).items():
+        torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_lost_graphs_are_rebuilt_without_a_trace(
+    sync: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("rounds=2", "clients=3", "dataset.limit=100", f"client_sync={sync}")
+    undisturbed = train(*overrides)
+    take = client_app.Client.take_graph
+
+    def lose(client: client_app.Client, place: _Place) -> Any:
+        half = take(client, place)
+        # What a client of another process finds: its state, pickled.
+        state = client.context.state
+        for name, record in state.array_records.items():
+            for key, array in record.items():
+                function, arguments = array.__reduce__()
+                state[name][key] = function(*arguments)
+        return half if client.number == 1 else None
+
+    monkeypatch.setattr(client_app.Client, "take_graph", lose)
+    disturbed = train(*overrides)
+    assert disturbed.losses == undisturbed.losses
+    assert [row.pop("rebuilt_graphs") for row in disturbed.rows] != [0, 0]
+    for row, other in zip(undisturbed.rows, disturbed.rows, strict=True):
+        del row["wall_seconds"], row["rebuilt_graphs"], other["wall_seconds"]
+        assert row == other
+
+
+def test_clients_stay_apart_under_never() -> None:
+    training = train("rounds=1", "clients=2", "dataset.limit=52", "client_sync=never")
+    one, other = training.client_tensors(0), training.client_tensors(1)
+    assert not torch.equal(one["0.0.weight"], other["0.0.weight"])
+
+
+def test_state_of_a_client_under_step_is_dropped_between_steps() -> None:
+    training = train("rounds=1", "clients=2", "dataset.limit=60", "client_sync=step")
+    strategy, grid = training.strategy, training.grid
+    strategy.run_step(grid, strategy.clients, 0)
+    assert all("half" not in context.state for context in grid.contexts.values())
+
+
+def test_fraction_samples_clients_by_round() -> None:
+    training = prepare(settings_of("fraction=0.3"))
+    drawn = [[c.number for c in training.strategy.sample(r)] for r in range(1, 20)]
+    assert all(len(set(numbers)) == 3 for numbers in drawn)
+    assert len({tuple(numbers) for numbers in drawn}) > 5
+    assert drawn == [
+        [c.number for c in training.strategy.sample(r)] for r in range(1, 20)
+    ]
+    training = train("fraction=0.3", "rounds=2", "dataset.limit=300")
+    assert 70 <= training.rows[0]["samples"] <= 100
+
+
+@pytest.mark.parametrize("name", list(model.ARCHITECTURES["vgg19"].cuts))
+def test_gradients_can_be_compressed(name: str) -> None:
+    training = train(
+        "rounds=1",
+        "dataset.limit=60",
+        "clients=2",
+        f"cut={name}",
+        "gradient_compressor=qu",
+        "gradient_compressor.bits=8",
+    )
+    gradient = training.rows[0]["bytes"]["training"]["down"]["gradient"]
+    activation = training.strategy.ledger.total.dense("activation", phase="training")
+    assert activation / 4 < gradient < activation / 4 + 4 * 64
+
+
+# --- the pure parts -------------------------------------------------------------------
+
+
+def test_average() -> None:
+    one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    two = {"w": torch.tensor([5.0, 2.0]), "n": torch.tensor(7)}
+    mean = halves.average([one, two], [1, 3])
+    assert torch.equal(mean["w"], torch.tensor([4.0, 2.0]))
+    assert int(mean["n"]) == 7
+    assert halves.average([one], [5])["w"] is one["w"]
+
+
+def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(4, 3)
+    activations, labels = [torch.randn(2, 4), torch.randn(6, 4)], []
+    expected = []
+    for activation in activations:
+        labels.append(torch.randint(0, 3, (len(activation),)))
+        own = activation.clone().requires_grad_(True)
+        functional.cross_entropy(module(own), labels[-1]).backward()
+        expected.append(own.grad)
+    server = halves.ServerHalf(module, OptimizerConfig(), threads=1)
+    step = server.step(activations, labels, lr=0.1, seed=0)
+    for ours, own in zip(step.gradients, expected, strict=True):
+        torch.testing.assert_close(ours, own)
+
+
+def test_schedules() -> None:
+    def factors(rounds: int, **options: Any) -> list[float]:
+        schedule = ScheduleConfig(**options)
+        return [schedule.factor(r, rounds) for r in range(1, rounds + 1)]
+
+    assert factors(3) == [1, 1, 1]
+    assert factors(4, name="cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    steps = factors(5, name="multistep", milestones=(2, 4), gamma=0.2)
+    assert steps == pytest.approx([1, 1, 0.2, 0.2, 0.04])
+    assert factors(4, name="step", every=2) == pytest.approx([1, 1, 0.1, 0.1])
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = OptimizerConfig(lr=0.3).make([parameter])
+    torch_cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+    for factor in factors(9, name="cosine"):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * factor)
+        optimizer.step()
+        torch_cosine.step()
+
+
+def test_gradient_of_a_wrong_shape_is_refused() -> None:
+    module = nn.Linear(4, 3)
+    half = halves.ClientHalf(
+        module, {n: p.detach() for n, p in module.named_parameters()}, {}, 1
+    )
+    half.forward(torch.randn(2, 4), seed=0)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) .* shape \(2, 3\)"):
+        half.backward(torch.randn(1, 3))
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    with halves.compute(before + 1, torch.device("cpu"), 3):
+        assert torch.get_num_threads() == before + 1
+        torch.rand(3)
+    assert torch.get_num_threads() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_toy_data_needs_no_partition_of_its_own() -> None:
+    parts = dataset.partition(dataset.DatasetConfig("toy"), 4, 1)
+    assert sum(map(len, parts)) == 1000

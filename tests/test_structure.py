@@ -1,0 +1,82 @@
+"""Who imports whom: the layers of the package."""
+
+import ast
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "masksl"
+IMPORTS = {
+    "wire": set(),
+    "compress": {"wire"},
+    "model": set(),
+    "seeds": set(),
+    "settings": set(),
+    "dataset": {"seeds"},
+    "halves": set(),
+    "config": {"compress", "dataset", "model", "settings"},
+    "ledger": set(),
+    "results": set(),
+    "console": set(),
+    "messages": {"compress", "ledger", "wire"},
+    "client_app": {
+        *("compress", "dataset", "halves", "messages", "model", "seeds", "settings"),
+    },
+    "strategy": {"compress", "halves", "ledger", "messages", "seeds", "settings"},
+    "server_app": {
+        *("compress", "config", "console", "dataset", "halves", "ledger"),
+        *("messages", "model", "results", "seeds", "settings", "strategy"),
+    },
+    "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
+    "engine": {"engine"},
+}
+FRAMEWORKS = {"flwr", "ray", "hydra"}
+ALLOWED = {
+    "messages": {"flwr"},
+    "client_app": {"flwr"},
+    "strategy": {"flwr"},
+    "server_app": {"flwr"},
+    "engine": {"flwr"},
+    "main": {"hydra"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return dotted names that a file imports, wherever it does."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_modules_import_what_the_layers_allow() -> None:
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        seen.add(module)
+        names = imported(path)
+        ours = {n.split(".")[1] for n in names if n.startswith("masksl.")}
+        assert ours <= IMPORTS[module], (module, ours - IMPORTS[module])
+        frameworks = {n.split(".")[0] for n in names} & FRAMEWORKS
+        assert frameworks <= ALLOWED.get(module, set()), (module, frameworks)
+    assert seen == IMPORTS.keys()
+
+
+def test_layers_have_no_cycles() -> None:
+    done: set[str] = set()
+    while remaining := IMPORTS.keys() - done:
+        ready = {m for m in remaining if IMPORTS[m] - {m} <= done}
+        assert ready, f"a cycle among {sorted(remaining)}"
+        done |= ready
+
+
+def test_nothing_pickles() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = imported(path)
+        assert not names & {"pickle", "cloudpickle", "dill"}, path
+        assert "torch.load" not in path.read_text(encoding="utf-8"), path
