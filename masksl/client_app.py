@@ -1,11 +1,12 @@
 """Flower ClientApp: messages to and from a `ClientHalf`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -13,6 +14,7 @@ from masksl import messages, model, seeds
 from masksl.compress import Compressor, FrameError, NotFiniteError, decode, make
 from masksl.dataset import (
     DATASETS,
+    Dataset,
     DatasetConfig,
     DatasetError,
     batches,
@@ -21,7 +23,7 @@ from masksl.dataset import (
     shards,
 )
 from masksl.halves import ClientHalf, OptimizerConfig, Tensors, resolve_device
-from masksl.settings import Settings, Value, section
+from masksl.settings import RunConfig, Settings, Value, section
 
 app = ClientApp()
 
@@ -48,7 +50,8 @@ _graphs: dict[tuple[int, int], tuple[_Place, ClientHalf]] = {}
 class Setup:
     """What all clients of a run have in common, made once in a process."""
 
-    settings: Settings
+    run: RunConfig
+    threads: int
     dataset: DatasetConfig
     compressor: Compressor
     optimizer: OptimizerConfig
@@ -65,18 +68,18 @@ class Setup:
 @lru_cache(maxsize=2)
 def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     settings = dict(items)
+    run = RunConfig.of(settings)
     dataset = DatasetConfig(**section(settings, "dataset"))
     spec = DATASETS[dataset.name]
-    name, seed = str(settings["model.name"]), int(settings["seed"])
-    device = resolve_device(str(settings["client_device"]))
-    units = model.build(
-        name, spec.classes, spec.channels, seed=seeds.derive(seed, "model")
-    )
-    cut = model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
+    name, seed = str(settings["model.name"]), seeds.derive(run.seed, "model")
+    device = resolve_device(run.client_device)
+    units = model.build(name, spec.classes, spec.channels, seed=seed)
+    cut = model.resolve_cut(name, run.cut)
     module = model.split(units, cut)[0].to(device)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return Setup(
-        settings=settings,
+        run=run,
+        threads=int(settings["threads.client"]),
         dataset=dataset,
         compressor=make(**section(settings, "compressor")),
         optimizer=OptimizerConfig(**section(settings, "optimizer")),
@@ -101,19 +104,18 @@ class Client:
     @classmethod
     def of(cls, context: Context) -> "Client":
         """Return the client of a context that has met its settings."""
-        settings = dict(context.state.config_records[messages.SETTINGS])
-        setup = Setup.of(settings)  # type: ignore[arg-type]
-        return cls(setup, context, _number(context))
+        settings: Any = context.state.config_records[messages.SETTINGS]
+        return cls(Setup.of(dict(settings)), context, _number(context))
 
     @property
-    def sync(self) -> str:
-        """The `client_sync` of the run."""
-        return str(self.setup.settings["client_sync"])
+    def run(self) -> RunConfig:
+        """The run that it takes part in."""
+        return self.setup.run
 
     def seed(self, purpose: str, place: _Place) -> int:
         """Return the seed of one purpose at one place of the run."""
         return seeds.derive(
-            int(self.setup.settings["seed"]),
+            self.run.seed,
             purpose,
             client=self.number,
             round=place.round,
@@ -122,18 +124,17 @@ class Client:
 
     def train_part(self) -> torch.Tensor:
         """Return the indices of its training samples."""
-        settings = self.setup.settings
-        everyone = partition(
-            self.setup.dataset, int(settings["clients"]), int(settings["seed"])
-        )
-        return everyone[self.number]
+        run = self.run
+        return partition(self.setup.dataset, run.clients, run.seed)[self.number]
 
     def test_part(self) -> torch.Tensor:
         """Return the indices of its share of the test set."""
-        settings = self.setup.settings
-        samples = len(load(self.setup.dataset, str(self.setup.device)).test.labels)
-        everyone = shards(samples, int(settings["clients"]), int(settings["seed"]))
-        return everyone[self.number]
+        samples = len(self.data().test.labels)
+        return shards(samples, self.run.clients, self.run.seed)[self.number]
+
+    def data(self) -> Dataset:
+        """Return the data set, which all clients of the process share."""
+        return load(self.setup.dataset, str(self.setup.device))
 
     def train_batch(self, place: _Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the augmented mini-batch of a step."""
@@ -141,17 +142,14 @@ class Client:
         shuffle = replace(place, step=0)
         generator = torch.Generator().manual_seed(self.seed("shuffle", shuffle))
         order = part[torch.randperm(len(part), generator=generator)]
-        size = int(self.setup.settings["batch_size"])
-        start, end = batches(len(part), size)[place.step]
+        start, end = batches(len(part), self.run.batch_size)[place.step]
         generator = torch.Generator().manual_seed(self.seed("augment", place))
-        data = load(self.setup.dataset, str(self.setup.device))
-        return data.train_batch(order[start:end], generator)
+        return self.data().train_batch(order[start:end], generator)
 
     def test_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a batch of its share of the test set."""
-        size = int(self.setup.settings["eval_batch_size"])
-        indices = self.test_part()[step * size : (step + 1) * size]
-        return load(self.setup.dataset, str(self.setup.device)).test_batch(indices)
+        size = self.run.eval_batch_size
+        return self.data().test_batch(self.test_part()[step * size :][:size])
 
     def receive(self, content: RecordDict) -> None:
         """Take the half that came with a message, if one did."""
@@ -167,8 +165,7 @@ class Client:
         else:
             tensors = {name: t.clone() for name, t in self.setup.initial.items()}
         momentum = messages.state_tensors(state.get(_MOMENTUM, {}), device)
-        threads = int(self.setup.settings["threads.client"])
-        return ClientHalf(self.setup.module, tensors, momentum, threads)
+        return ClientHalf(self.setup.module, tensors, momentum, self.setup.threads)
 
     def remember(self, half: ClientHalf, *, before_forward: bool = False) -> None:
         """Put a half into the state.
@@ -238,14 +235,14 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
     frame = messages.frame_of(content, messages.GRADIENT)
     gradients = half.backward(decode(frame, device=client.setup.device))
     reply = RecordDict({messages.FIGURES: MetricRecord({"rebuilt": int(rebuilt)})})
-    if client.sync == "step":
+    if client.run.client_sync == "step":
         reply[messages.MODEL] = messages.model_record(gradients | half.buffers)
         client.forget()
         return reply
-    config = content.config_records[messages.PLACE]
-    half.step(gradients, client.setup.optimizer, float(config["lr"]))  # type: ignore
+    told: Mapping[str, Any] = content.config_records[messages.PLACE]
+    half.step(gradients, client.setup.optimizer, told["lr"])
     client.remember(half)
-    if client.sync == "round" and config["last"]:
+    if client.run.client_sync == "round" and told["last"]:
         reply[messages.MODEL] = messages.model_record(half.tensors)
     return reply
 
@@ -267,17 +264,16 @@ def on_hello(message: Message, context: Context) -> Message:
     """Take the settings; tell the partition and how much data it has."""
     context.state.clear()
     context.state[messages.SETTINGS] = message.content[messages.SETTINGS]
-    settings = message.content.config_records[messages.SETTINGS]
-    figures = {"partition": _number(context)}
-    if figures["partition"] < settings["clients"]:  # type: ignore[operator]
+    figures: dict[str, Any] = {"partition": _number(context)}
+    client = Client.of(context)
+    if client.number < client.run.clients:
         try:
-            client = Client.of(context)
             train, test = len(client.train_part()), len(client.test_part())
         except DatasetError as error:
             return Message(messages.failure(error), reply_to=message)
         figures["train_samples"] = train
-        figures["train_steps"] = len(batches(train, settings["batch_size"]))
-        figures["test_steps"] = -(-test // settings["eval_batch_size"])
+        figures["train_steps"] = len(batches(train, client.run.batch_size))
+        figures["test_steps"] = -(-test // client.run.eval_batch_size)
     content = RecordDict({messages.FIGURES: MetricRecord(figures)})
     return Message(content, reply_to=message)
 
@@ -326,8 +322,8 @@ def _activation(client: Client, frame: bytes, labels: torch.Tensor) -> RecordDic
 
 
 def _place(content: RecordDict) -> _Place:
-    config: ConfigRecord = content.config_records[messages.PLACE]
-    return _Place(int(config["round"]), int(config["step"]))  # type: ignore[arg-type]
+    told: Mapping[str, Any] = content.config_records[messages.PLACE]
+    return _Place(told["round"], told["step"])
 
 
 def _number(context: Context) -> int:

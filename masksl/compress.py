@@ -38,11 +38,17 @@ __all__ = [
     "register",
 ]
 
+
 class NotFiniteError(ValueError):
     """A tensor with values that are not finite; the text names who met them."""
 
 
 Packed = tuple[bytes, Sequence[torch.Tensor]]
+
+Class = TypeVar("Class", bound="type[Compressor]")
+
+# Every registered compressor by its name.
+COMPRESSORS: dict[str, type["Compressor"]] = {}
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -144,12 +150,6 @@ class Compressor(ABC):
         FrameError
             If the payload is at odds with the header, before anything is allocated.
         """
-
-
-COMPRESSORS: dict[str, type[Compressor]] = {}
-"""Every registered compressor by its name."""
-
-Class = TypeVar("Class", bound=type[Compressor])
 
 
 def register(cls: Class) -> Class:

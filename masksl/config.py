@@ -47,9 +47,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _whole(least: int) -> Rule:
-    return Rule(
-        f"a whole number from {least} on", lambda v: _is_int(v) and v >= least
-    )
+    return Rule(f"a whole number from {least} on", lambda v: _is_int(v) and v >= least)
 
 
 def _optional(rule: Rule) -> Rule:
@@ -68,9 +66,7 @@ def _milestones(value: Any) -> bool:
 
 _POSITIVE = Rule("a number greater than 0", lambda v: _is_number(v) and v > 0)
 _NOT_NEGATIVE = Rule("a number from 0 on", lambda v: _is_number(v) and v >= 0)
-_SHARE = Rule(
-    "a number from 0 to less than 1", lambda v: _is_number(v) and 0 <= v < 1
-)
+_SHARE = Rule("a number from 0 to less than 1", lambda v: _is_number(v) and 0 <= v < 1)
 _FRACTION = Rule(
     "a number greater than 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1
 )

@@ -43,6 +43,7 @@ class ProgressBar:
         self._step = self._progress.add_task("step", total=None, text="")
 
     def __enter__(self) -> Self:
+        """Show the bar."""
         self._progress.start()
         return self
 
@@ -52,6 +53,7 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Leave it as it is."""
         self._progress.stop()
 
     def on_step(self, round_: int, step: int, steps: int, loss: float) -> None:

@@ -99,9 +99,11 @@ class TensorImages(Images):
     def pixels(
         self, indices: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
+        """Return images of the tensor."""
         return self.images[indices.to(self.images.device)]
 
     def first(self, limit: int | None) -> "TensorImages":
+        """Return the first ``limit`` images."""
         return TensorImages(self.images[:limit], self.labels[:limit])
 
 
@@ -129,6 +131,7 @@ class FileImages(Images):
     def pixels(
         self, indices: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
+        """Read images, with ``workers`` threads."""
         draws: Sequence[torch.Tensor | None] = [None] * len(indices)
         if generator is not None:
             draws = list(torch.rand(len(indices), 10, 4, generator=generator))
@@ -137,6 +140,7 @@ class FileImages(Images):
             return torch.stack(list(pool.map(self._read, paths, draws)))
 
     def first(self, limit: int | None) -> "FileImages":
+        """Return the first ``limit`` images."""
         return FileImages(
             self.paths[:limit], self.labels[:limit], self.size, self.workers
         )
@@ -145,8 +149,10 @@ class FileImages(Images):
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         if image.size != (self.size, self.size):
-            box = _centre_box(*image.size) if draws is None else None
-            box = box or _random_box(*image.size, draws.tolist())  # type: ignore
+            if draws is None:
+                box = _centre_box(*image.size)
+            else:
+                box = _random_box(*image.size, draws.tolist())
             bilinear = Image.Resampling.BILINEAR
             image = image.resize((self.size, self.size), bilinear, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -323,7 +329,9 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
         ]
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise DatasetError(f"dataset.partition={config.partition!r}: {reason}") from error
+        raise DatasetError(
+            f"dataset.partition={config.partition!r}: {reason}"
+        ) from error
     if empty := [client for client, part in enumerate(parts) if len(part) == 0]:
         raise DatasetError(
             f"dataset.partition={config.partition!r}: leaves clients {empty} "
@@ -509,7 +517,9 @@ def _load_torchvision(kind: str, what: str) -> Callable:
                     reason = f"the download failed ({' '.join(str(error).split())})"
                 if made:
                     _remove_if_empty(config.root)
-        how = "put torchvision's files there or set dataset.download=true with a network"
+        how = (
+            "put torchvision's files there or set dataset.download=true with a network"
+        )
         raise _missing(config, what, f"{reason}; {how}")
 
     return load_both
@@ -521,7 +531,9 @@ def _make_root(root: str) -> bool:
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatasetError(f"dataset.root={root!r}: cannot be made ({error})") from error
+        raise DatasetError(
+            f"dataset.root={root!r}: cannot be made ({error})"
+        ) from error
     return missing
 
 

@@ -1,4 +1,7 @@
-"""The two halves of a cut network: forward, backward, step. No bytes, no messages."""
+"""The two halves of a cut network: forward, backward, step.
+
+No bytes, no messages.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -254,6 +257,7 @@ class Score:
     top5: int = 0
 
     def __add__(self, other: "Score") -> "Score":
+        """Return the sums over both."""
         return Score(
             self.samples + other.samples,
             self.loss + other.loss,

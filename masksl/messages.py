@@ -128,7 +128,8 @@ def labels_of(content: RecordDict, classes: int, expected: int) -> torch.Tensor:
         If they are missing, too many, too few, or of classes that there are not.
     """
     dtype = np.dtype("<u1" if classes <= 256 else "<u2")
-    array = content.array_records.get(LABEL, {}).get(LABEL)
+    record = content.array_records.get(LABEL)
+    array = record[LABEL] if record and LABEL in record else None
     if array is None or array.stype != _LABELS:
         raise FrameError("message without labels")
     if len(array.data) != expected * dtype.itemsize:
@@ -214,6 +215,7 @@ class LiveArray(Array):
         return flat.view(torch.uint8).cpu().numpy().tobytes()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as an ordinary Array."""
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 

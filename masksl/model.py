@@ -82,11 +82,12 @@ def resolve_cut(name: str, cut: int | str) -> int:
         If the cut lies outside the network or has another name.
     """
     architecture = ARCHITECTURES[name]
-    units = architecture.cuts.get(cut, cut) if isinstance(cut, str) else cut
-    if isinstance(units, str) and units.isdecimal():
-        units = int(units)
-    whole = isinstance(units, int) and not isinstance(units, bool)
-    if not (whole and 1 <= units < architecture.units):
+    units = None
+    if isinstance(cut, str):
+        units = int(cut) if cut.isdecimal() else architecture.cuts.get(cut)
+    elif isinstance(cut, int) and not isinstance(cut, bool):
+        units = cut
+    if units is None or not 1 <= units < architecture.units:
         raise ValueError(
             f"cut={cut!r}: must be {', '.join(architecture.cuts)} "
             f"or a whole number from 1 to {architecture.units - 1} for {name}"
@@ -129,12 +130,24 @@ def _small_cnn(classes: int, channels: int) -> Units:
 
 
 # Widths of VGG19's convolutions; M is a pooling.
-_VGG19: list[int | str] = [
-    *[64, 64, "M"],
-    *[128, 128, "M"],
-    *[256, 256, 256, 256, "M"],
-    *[512, 512, 512, 512, "M"],
-    *[512, 512, 512, 512, "M"],
+_VGG19_LAYERS: list[int | str] = [
+    64,
+    64,
+    "M",
+    128,
+    128,
+    "M",
+    256,
+    256,
+    256,
+    256,
+    "M",
+] + 2 * [  # type: ignore[assignment]
+    512,
+    512,
+    512,
+    512,
+    "M",
 ]
 
 
@@ -142,7 +155,7 @@ def _vgg19(classes: int, channels: int) -> Units:
     """VGG19 with BatchNorm for (B, 3, 32, 32): 16 convolutions and the classifier."""
     del channels
     units: list[list[nn.Module]] = []
-    for layer in make_layers(_VGG19, batch_norm=True):
+    for layer in make_layers(_VGG19_LAYERS, batch_norm=True):
         if isinstance(layer, nn.Conv2d):  # begins a unit; a pooling closes it
             units.append([])
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

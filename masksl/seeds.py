@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 
+# pylint: disable=redefined-builtin
 def derive(
     seed: int, purpose: str, *, client: int = 0, round: int = 0, step: int = 0
 ) -> int:

@@ -18,7 +18,7 @@ from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_d
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
 from masksl.results import RunFolder
-from masksl.settings import Settings, section
+from masksl.settings import RunConfig, Settings, section
 from masksl.strategy import SharedHalf, SplitLearning
 
 PATIENCE = 60.0  # seconds that clients have to appear
@@ -73,12 +73,12 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
         If clients are missing or fail; the text is one line.
     """
     began = time.monotonic()
-    wait_for_clients(grid, int(settings["clients"]), PATIENCE)
+    run_config = RunConfig.of(settings)
+    wait_for_clients(grid, run_config.clients, PATIENCE)
     results = RunFolder(folder)
     results.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
-    rounds = int(settings["rounds"])
     rows: list[Mapping[str, Any]] = []
-    with ProgressBar(rounds) as progress:
+    with ProgressBar(run_config.rounds) as progress:
 
         class Recorder:
             """Shows and keeps what the strategy tells."""
@@ -93,7 +93,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
                 progress.on_round(row)
 
         strategy = make_strategy(settings, Recorder())
-        strategy.start(grid, num_rounds=rounds)
+        strategy.start(grid, num_rounds=run_config.rounds)
     seconds = time.monotonic() - began
     summary = summarize(settings, rows, strategy.ledger, seconds)
     results.finish(summary)
@@ -102,17 +102,15 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
 
 def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
     """Build both halves from the seed and the strategy around them."""
+    run_config = RunConfig.of(settings)
     spec = DATASETS[str(settings["dataset.name"])]
-    name, seed = str(settings["model.name"]), int(settings["seed"])
-    units = model.build(
-        name, spec.classes, spec.channels, seed=seeds.derive(seed, "model")
-    )
-    cut = model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
-    client, server = model.split(units, cut)
+    name, seed = str(settings["model.name"]), seeds.derive(run_config.seed, "model")
+    units = model.build(name, spec.classes, spec.channels, seed=seed)
+    client, server = model.split(units, model.resolve_cut(name, run_config.cut))
     optimizer = OptimizerConfig(**section(settings, "optimizer"))
-    device = resolve_device(str(settings["device"]))
+    device = resolve_device(run_config.device)
     shared = None
-    if settings["client_sync"] != "never":
+    if run_config.client_sync != "never":
         client.to(device)
         parameters = {name: p.detach() for name, p in client.named_parameters()}
         tensors = parameters | dict(client.named_buffers())

@@ -5,12 +5,48 @@ values under one key back as they were.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import yaml
 
 Value = str | int | float | bool
 Settings = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings that stand outside every group; each field is a key.
+
+    Parameters
+    ----------
+    rounds, clients, batch_size, eval_batch_size, seed : int
+        See ``conf/base.yaml``; ``batch_size`` is that of one client.
+    fraction : float
+        Share of the clients that take part in a round.
+    cut : int | str
+        Units that the client keeps, or the name of a cut.
+    client_sync : str
+        ``step``, ``round`` or ``never``.
+    device, client_device : str
+        Where the server half and the client halves are.
+    """
+
+    rounds: int
+    clients: int
+    fraction: float
+    batch_size: int
+    eval_batch_size: int
+    seed: int
+    cut: int | str
+    client_sync: str
+    device: str
+    client_device: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the fields of checked settings."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -24,7 +24,7 @@ from masksl.halves import (
 )
 from masksl.ledger import Ledger, compression_factor
 from masksl.messages import RunError
-from masksl.settings import Settings
+from masksl.settings import RunConfig, Settings
 
 TRAINING = "training"
 EVALUATION = "evaluation"
@@ -154,7 +154,7 @@ class SplitLearning(Strategy):
         self.ledger = ledger
         self.observer = observer
         self.clients: list[ClientInfo] = []
-        self._seed = int(settings["seed"])
+        self.run = RunConfig.of(settings)
         self._timeout = 3600.0
         self._model: tuple[int, ArrayRecord] | None = None
         self._round = _Round(0, 0.0)
@@ -218,10 +218,10 @@ class SplitLearning(Strategy):
         for reply in grid.send_and_receive(sent, timeout=self._timeout):
             figures = self._content(reply, "query.hello").metric_records["figures"]
             if "train_samples" in figures:
-                told = {name: int(value) for name, value in figures.items()}  # type: ignore
+                told: dict[str, Any] = dict(figures)
                 number = told.pop("partition")
                 clients[number] = ClientInfo(number, reply.metadata.src_node_id, **told)
-        wanted = int(self.settings["clients"])
+        wanted = self.run.clients
         if sorted(clients) != list(range(wanted)):
             raise RunError(
                 f"clients={wanted}: nodes answered for the partitions "
@@ -242,7 +242,7 @@ class SplitLearning(Strategy):
                 grid, [c for c in chosen if step < c.train_steps], step
             )
             self.observer.on_step(number, step + 1, steps, loss)
-        if self.settings["client_sync"] == "round":
+        if self.run.client_sync == "round":
             self._adopt_average(chosen)
         for step in range(max(client.test_steps for client in self.clients)):
             self.run_evaluation(
@@ -254,8 +254,8 @@ class SplitLearning(Strategy):
 
     def sample(self, round_: int) -> list[ClientInfo]:
         """Return the clients that take part in a round, by partition."""
-        count = max(1, round(float(self.settings["fraction"]) * len(self.clients)))
-        generator = seeds.generator(self._seed, "sample", round=round_)
+        count = max(1, round(self.run.fraction * len(self.clients)))
+        generator = seeds.generator(self.run.seed, "sample", round=round_)
         drawn = torch.randperm(len(self.clients), generator=generator)[:count]
         return [self.clients[number] for number in sorted(drawn.tolist())]
 
@@ -282,7 +282,8 @@ class SplitLearning(Strategy):
     def _request(
         self, client: ClientInfo, step: int, *, with_model: bool
     ) -> RecordDict:
-        """Return a message's content: its place, and the half if the client lacks it."""
+        """Return a message's content: its place, and the half if the client lacks
+        it."""
         place: dict[str, Any] = {
             "round": self._round.number,
             "step": step,
@@ -309,9 +310,9 @@ class SplitLearning(Strategy):
             activation, label = self._decode(client, content, step)
             activations.append(activation)
             labels.append(label)
-            figures = content.metric_records.get(messages.FIGURES, {})
+            figures: Any = content.metric_records.get(messages.FIGURES, {})
             if "relative_error" in figures:
-                self._round.errors.append(float(figures["relative_error"]))  # type: ignore
+                self._round.errors.append(figures["relative_error"])
         seed = self._derive("dropout.server", 0, step)
         trained = self.server.step(activations, labels, lr=self._round.lr, seed=seed)
         samples = sum(len(label) for label in labels)
@@ -343,16 +344,16 @@ class SplitLearning(Strategy):
         came: dict[int, Tensors] = {}
         for client in clients:
             content = replies[client.number]
-            figures = content.metric_records[messages.FIGURES]
-            self._round.rebuilt += int(figures["rebuilt"])  # type: ignore[arg-type]
+            figures: Any = content.metric_records[messages.FIGURES]
+            self._round.rebuilt += figures["rebuilt"]
             if self.shared is not None:
                 with _blame(self._where(client.number, step)):
                     half = messages.model_of(content, self.shared.tensors)
                 if half is not None:
                     came[client.number] = half
-        if self.settings["client_sync"] == "round":
+        if self.run.client_sync == "round":
             self._round.halves |= came
-        elif self.settings["client_sync"] == "step":
+        elif self.run.client_sync == "step":
             self._step_shared([came[client.number] for client in clients], sizes)
 
     def _step_shared(self, came: list[Tensors], samples: list[int]) -> None:
@@ -380,9 +381,7 @@ class SplitLearning(Strategy):
 
     # --- evaluation -------------------------------------------------------------------
 
-    def run_evaluation(
-        self, grid: Grid, clients: list[ClientInfo], step: int
-    ) -> None:
+    def run_evaluation(self, grid: Grid, clients: list[ClientInfo], step: int) -> None:
         """Score one batch of test images of each of these clients."""
         sent = {c.number: self._request(c, step, with_model=True) for c in clients}
         replies = self._exchange(grid, clients, messages.EVALUATE, sent, step)
@@ -455,7 +454,7 @@ class SplitLearning(Strategy):
             raise RunError(f"{where}: the client failed: {reason}")
         failed = reply.content.config_records.get(messages.FAILURE)
         if failed is not None:
-            raise RunError(f"{where}: {failed['reason']}")
+            raise RunError(f"{where}: {failed['reason']!s}")
         return reply.content
 
     def _where(self, client: int, step: int, gradient: bool = False) -> str:
@@ -468,7 +467,7 @@ class SplitLearning(Strategy):
     def _derive(self, purpose: str, client: int, step: int) -> int:
         number = self._round.number
         return seeds.derive(
-            self._seed, purpose, client=client, round=number, step=step
+            self.run.seed, purpose, client=client, round=number, step=step
         )
 
     # --- what Flower's own rounds would call ------------------------------------------

@@ -104,7 +104,7 @@ def assemble(header: Header, parts: Sequence[torch.Tensor]) -> bytes:
     bytes
         The frame, copied together once.
     """
-    payload = [_to_host(part) for part in parts]
+    payload = [memoryview(_to_host(part)) for part in parts]  # type: ignore[arg-type]
     size = sum(part.nbytes for part in payload)
     fields = bytearray(
         _FIXED.pack(
@@ -196,8 +196,8 @@ def check_payload(header: Header, payload: memoryview, expected: int) -> None:
 def flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements in row-major order, shape (d,), with stride 1.
 
-    A tensor of one element counts as contiguous whatever its stride, and could then
-    not be viewed as bytes.
+    A tensor of one element counts as contiguous whatever its stride, and could then not
+    be viewed as bytes.
     """
     flat = tensor.detach().contiguous().view(-1)
     if flat.stride(0) != 1:

@@ -305,7 +305,9 @@ def test_counts_are_decimal() -> None:
 def test_extreme_values() -> None:
     for dtype in (torch.float32, torch.float64):
         info = torch.finfo(dtype)
-        tensor = torch.tensor([info.min, -1.0, 0, info.tiny, 1.0, info.max], dtype=dtype)
+        tensor = torch.tensor(
+            [info.min, -1.0, 0, info.tiny, 1.0, info.max], dtype=dtype
+        )
         for name, options in ALL:
             decoded = decode(make(name, **options).encode(tensor))
             assert bool(torch.isfinite(decoded).all()), (name, decoded)

@@ -114,7 +114,9 @@ def test_a_client_that_raises_ends_a_run_with_its_reason(
 def test_nothing_of_a_simulation_stays_behind(tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
-    ray = [line for line in listed.stdout.splitlines() if "raylet" in line.split(" ")[0]]
+    ray = [
+        line for line in listed.stdout.splitlines() if "raylet" in line.split(" ")[0]
+    ]
     assert ray == []
 
 

@@ -2,9 +2,9 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +18,9 @@ FLWR = Path(sys.executable).with_name("flwr")
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Return an environment with a Flower home of its own; end its SuperLink."""
+    superlink = f"flower-superlink.*{tmp_path}"
+    if subprocess.run(["pgrep", "-f", "flower-superlink"], check=False).returncode == 0:
+        pytest.skip("a local SuperLink is running already, and there can be one only")
     environment = os.environ | {
         "FLWR_HOME": str(tmp_path / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -25,13 +28,11 @@ def home(tmp_path: Path) -> Iterator[dict[str, str]]:
     }
     (tmp_path / "flwr").mkdir()
     yield environment
-    listed = subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
-    )
-    for line in listed.stdout.splitlines():
-        pid, _, arguments = line.strip().partition(" ")
-        if "flower-superlink" in arguments and environment["FLWR_HOME"] in arguments:
-            os.kill(int(pid), signal.SIGTERM)
+    assert subprocess.run(["pkill", "-f", superlink], check=False).returncode == 0
+    deadline = time.monotonic() + 10
+    while subprocess.run(["pgrep", "-f", superlink], check=False).returncode == 0:
+        assert time.monotonic() < deadline, "the SuperLink does not end"
+        time.sleep(0.1)
 
 
 def test_flwr_run_trains_the_default_job(home: dict[str, str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Split learning equals what it must equal: identities over whole runs."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,19 @@ def test_split_equals_unsplit_bit_for_bit(name: str) -> None:
         assert state.keys() == weights.keys()
         for key, tensor in weights.items():
             assert torch.equal(state[key], tensor), (cut, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg19", "resnet18"])
+@pytest.mark.parametrize("cut", ["shallow", "medium", "deep"])
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_split_equals_unsplit_in_every_way(name: str, cut: str, sync: str) -> None:
+    overrides = [*UNSPLIT, f"model={name}", "dataset.limit=40"]
+    losses, weights = unsplit(prepare(settings_of(*overrides)), 5)
+    training = train(*overrides, f"cut={cut}", f"client_sync={sync}")
+    assert training.losses == losses
+    state = whole_state(training)
+    assert all(torch.equal(state[key], weights[key]) for key in weights)
 
 
 TEN = (
@@ -230,6 +244,22 @@ def test_gradients_can_be_compressed(name: str) -> None:
     assert activation / 4 < gradient < activation / 4 + 4 * 64
 
 
+def test_the_paper_s_bits_on_real_cifar(data_root: Path) -> None:
+    training = train(
+        "experiment=vgg19_cifar10",
+        "cut=shallow",
+        "rounds=1",
+        f"dataset.root={data_root}",
+        "dataset.limit=104",
+        "dataset.test_limit=52",
+        "clients=2",
+    )
+    traffic = training.strategy.ledger.total
+    sent, dense = traffic.bytes("activation"), traffic.dense("activation")
+    assert dense == 4 * (104 + 52) * 64 * 16 * 16
+    assert 32 * sent / dense == pytest.approx(2.32, abs=2e-3)
+
+
 # --- the pure parts -------------------------------------------------------------------
 
 
@@ -264,7 +294,9 @@ def test_schedules() -> None:
         return [schedule.factor(r, rounds) for r in range(1, rounds + 1)]
 
     assert factors(3) == [1, 1, 1]
-    assert factors(4, name="cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert factors(4, name="cosine") == pytest.approx(
+        [1, 0.853553, 0.5, 0.146447], abs=1e-6
+    )
     steps = factors(5, name="multistep", milestones=(2, 4), gamma=0.2)
     assert steps == pytest.approx([1, 1, 0.2, 0.2, 0.04])
     assert factors(4, name="step", every=2) == pytest.approx([1, 1, 0.1, 0.1])

@@ -12,7 +12,6 @@ from masksl import wire
 from masksl.compress import decode, make
 
 
-
 @given(
     bits=st.integers(1, 16),
     count=st.integers(1, 200),

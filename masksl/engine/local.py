@@ -37,7 +37,8 @@ class LocalGrid(Grid):
         self._client_app = client_app
         self._run = Run.create_empty(run_id)
         self.contexts = {
-            number + 1: Context(
+            number
+            + 1: Context(
                 run_id=run_id,
                 node_id=number + 1,
                 node_config={"partition-id": number, "num-partitions": clients},
@@ -49,7 +50,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._sent = 0
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: Run) -> None:  # pylint: disable=redefined-outer-name
         """Take the run that messages belong to."""
         self._run = run
 
