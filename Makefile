@@ -11,6 +11,9 @@ TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg
 SOURCES := masksl tests
 
+# An environment that is active where make is called is not the project's.
+unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
+
 .PHONY: help setup run test test-all lint format clean
 
 help:  ## Show this help

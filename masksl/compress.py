@@ -14,18 +14,21 @@ options (fields of a frozen dataclass), write `pack` and `unpack`, and decorate 
 `register`.
 """
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from decimal import ROUND_FLOOR, Decimal
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from masksl import wire
-from masksl.wire import MAX_ELEMENTS, FrameError
+from masksl import entropy, planes, scalar, topk, wire
+from masksl.options import check_choice, check_number, check_sparsity, check_whole
+from masksl.planes import NotFiniteError
+from masksl.wire import MAX_ELEMENTS, FrameError, Header
 
 __all__ = [
     "COMPRESSORS",
@@ -39,18 +42,14 @@ __all__ = [
 ]
 
 
-class NotFiniteError(ValueError):
-    """A tensor with values that are not finite; the text names who met them."""
-
-
-Packed = tuple[bytes, Sequence[torch.Tensor]]
+Shape = tuple[int, ...]
+Device = torch.device | str
+Packed = tuple[bytes, Sequence[wire.Part]]
 
 Class = TypeVar("Class", bound="type[Compressor]")
 
 # Every registered compressor by its name.
 COMPRESSORS: dict[str, type["Compressor"]] = {}
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Compressor(ABC):
@@ -63,14 +62,12 @@ class Compressor(ABC):
     name: ClassVar[str]
     """Name in `make`, in the configuration and in the frame; 1 to 8 ASCII bytes."""
 
-    def encode(
-        self, tensor: torch.Tensor, *, seed: int = 0, training: bool = True
-    ) -> bytes:
+    def encode(self, tensor: Tensor, *, seed: int = 0, training: bool = True) -> bytes:
         """Encode a tensor.
 
         Parameters
         ----------
-        tensor : torch.Tensor
+        tensor : Tensor
             float16, bfloat16, float32 or float64, of any shape and memory format, not
             empty, all values finite. Elements are taken in row-major order.
         seed : int
@@ -100,18 +97,21 @@ class Compressor(ABC):
             raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
         flat = wire.flatten(tensor)
         _check_finite(flat, self.name)
-        params, parts = self.pack(flat, seed=seed, training=training)
-        header = wire.Header(self.name, tensor.dtype, tuple(tensor.shape), params)
+        shape = tuple(tensor.shape)
+        params, parts = self.pack(flat, shape, seed=seed, training=training)
+        header = Header(self.name, tensor.dtype, shape, params)
         return wire.assemble(header, parts)
 
     @abstractmethod
-    def pack(self, flat: torch.Tensor, *, seed: int, training: bool) -> Packed:
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
         """Compress the elements of a tensor.
 
         Parameters
         ----------
-        flat : torch.Tensor
+        flat : Tensor
             Shape (d,), contiguous, finite, of a floating type.
+        shape : Shape
+            Shape of the tensor that they come from.
         seed : int
             Seed of whatever is drawn.
         training : bool
@@ -119,30 +119,28 @@ class Compressor(ABC):
 
         Returns
         -------
-        tuple[bytes, Sequence[torch.Tensor]]
+        tuple[bytes, Sequence[Tensor | bytes]]
             What the decoder needs to know (at most 20 bytes keep the header within 64)
-            and the payload in order, one-dimensional tensors on the device of ``flat``.
+            and the payload in order: bytes, or one-dimensional tensors.
         """
 
     @classmethod
     @abstractmethod
-    def unpack(
-        cls, header: wire.Header, payload: memoryview, device: torch.device | str
-    ) -> torch.Tensor:
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
         """Undo `pack`.
 
         Parameters
         ----------
-        header : wire.Header
+        header : Header
             Header of the frame, its dtype, shape and parameters.
         payload : memoryview
             Payload of the frame; its length is yet to be checked.
-        device : torch.device | str
+        device : Device
             Where the elements go.
 
         Returns
         -------
-        torch.Tensor
+        Tensor
             Shape (d,), of any floating type; `decode` converts it to the header's.
 
         Raises
@@ -201,23 +199,23 @@ def options_of(name: str) -> list[str]:
 def decode(
     frame: wire.Buffer,
     *,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     max_elements: int = MAX_ELEMENTS,
-) -> torch.Tensor:
+) -> Tensor:
     """Decode a frame of any compressor.
 
     Parameters
     ----------
     frame : bytes-like
         One whole frame.
-    device : torch.device | str
+    device : Device
         Where the tensor goes; only packed bytes cross to it.
     max_elements : int
         Frames that declare more elements are refused.
 
     Returns
     -------
-    torch.Tensor
+    Tensor
         Contiguous, with the shape and dtype of the tensor that was encoded.
 
     Raises
@@ -238,8 +236,10 @@ def decode(
 
 # --- what the compressors share -------------------------------------------------------
 
+_SCOPES = ("tensor", "sample")
 
-def _check_finite(flat: torch.Tensor, name: str) -> None:
+
+def _check_finite(flat: Tensor, name: str) -> None:
     # A sum is finite only if every term is; it is far cheaper than looking at each.
     # Large finite values can overflow it, so that only the slow count decides.
     total = flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else None)
@@ -251,91 +251,25 @@ def _check_finite(flat: torch.Tensor, name: str) -> None:
             )
 
 
-def _working(flat: torch.Tensor) -> torch.Tensor:
-    """Return the elements in the type that is computed with."""
-    return flat.float() if flat.dtype in _HALF else flat
+def _rows(shape: Shape, scope: str) -> int:
+    """Return in how many parts elements are selected."""
+    return shape[0] if scope == "sample" and shape else 1
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
-
-
-def _kept(sparsity: float, count: int) -> int:
-    """Return k = floor((1 - sparsity) * count), at least 1, in decimal arithmetic."""
-    kept = (1 - Decimal(str(sparsity))) * count
-    return max(1, int(kept.to_integral_value(ROUND_FLOOR)))
-
-
-def _kth_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k-th largest element, shape ().
-
-    A sample gives a threshold below which it cannot well lie; the exact choice is then
-    made among the few elements above. Where fewer than k are, all are looked at.
-    """
-    stride = magnitude.numel() // 2**15
-    if stride > 1 and 8 * k < magnitude.numel():
-        sample = magnitude[::stride]
-        expected = k / stride
-        rank = int(expected + 4 * expected**0.5) + 4
-        guess = sample.topk(min(rank, sample.numel())).values[-1]
-        candidates = magnitude[magnitude >= guess]
-        if candidates.numel() >= k:
-            magnitude = candidates
-    return magnitude.topk(k, sorted=False).values.amin()
-
-
-def _topk_mask(magnitude: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mark the k largest elements, of equal ones those of lower index.
-
-    Returns
-    -------
-    tuple[torch.Tensor, torch.Tensor]
-        bool, shape (d,), exactly k of them true; and the smallest kept, shape ().
-    """
-    smallest = _kth_largest(magnitude, k)
-    mask = magnitude >= smallest
-    surplus = int(mask.sum()) - k
-    if surplus:
-        ties = (magnitude == smallest).nonzero().view(-1)
-        mask[ties[-surplus:]] = False
-    return mask, smallest
-
-
-def _check_kept(header: wire.Header, kept: int) -> None:
-    if not 1 <= kept <= header.elements:
+def _check_kept(header: Header, kept: int, scope: int) -> int:
+    """Return the rows of a frame that keeps so many elements of each."""
+    if scope >= len(_SCOPES):
+        raise FrameError(f"{header.compressor} frame has the unknown scope {scope}")
+    rows = _rows(header.shape, _SCOPES[scope])
+    if not 1 <= kept <= header.elements // rows:
         raise FrameError(
-            f"{header.compressor} frame keeps {kept} of {header.elements} elements"
+            f"{header.compressor} frame keeps {kept} of {header.elements // rows} "
+            "elements"
         )
+    return rows
 
 
-def _read_values(
-    header: wire.Header, payload: memoryview, device: torch.device | str
-) -> torch.Tensor:
-    """Return values that travelled in the header's dtype; they must be finite."""
-    values = wire.to_tensor(payload, header.dtype, device)
-    if not bool(torch.isfinite(values).all()):
-        raise FrameError(f"{header.compressor} frame holds values that are not finite")
-    return values
-
-
-def _check_sparsity(sparsity: float) -> None:
-    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if not (number and 0 <= sparsity < 1):
-        raise ValueError(f"sparsity={sparsity!r}: must be at least 0 and less than 1")
-
-
-def _check_bits(bits: int, most: int) -> None:
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if not (whole and 1 <= bits <= most):
-        raise ValueError(f"bits={bits!r}: must be a whole number from 1 to {most}")
-
-
-def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option}={value!r}: must be one of {', '.join(allowed)}")
-
-
-# --- the compressors ------------------------------------------------------------------
+# --- no compression -------------------------------------------------------------------
 
 
 @register
@@ -357,34 +291,21 @@ class Identity(Compressor):
     _PARAMS: ClassVar[struct.Struct] = struct.Struct("<B")
 
     def __post_init__(self) -> None:
-        _check_choice("values", self.values, ("float32", "float16", "bfloat16"))
+        check_choice("values", self.values, planes.VALUES)
 
-    def pack(self, flat: torch.Tensor, *, seed: int, training: bool) -> Packed:
-        if self.values != "float32" and flat.dtype not in _HALF:
-            narrow = flat.to(getattr(torch, self.values))
-            lost = flat.numel() - int(torch.isfinite(narrow).sum())
-            if lost:
-                raise NotFiniteError(
-                    f"{self.name}: {lost} of {flat.numel()} values "
-                    f"are out of the range of {self.values}"
-                )
-            flat = narrow
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        flat = planes.narrow(flat, self.values, self.name)
         return self._PARAMS.pack(wire.DTYPE_CODES[flat.dtype]), [flat]
 
     @classmethod
-    def unpack(
-        cls, header: wire.Header, payload: memoryview, device: torch.device | str
-    ) -> torch.Tensor:
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
         (code,) = header.unpack_params(cls._PARAMS)
-        dtype = wire.DTYPES.get(code)
-        narrowed = dtype in _HALF and header.dtype not in _HALF
-        if dtype is None or not (dtype == header.dtype or narrowed):
-            raise FrameError(
-                f"none frame holds values of dtype code {code} for {header.dtype}"
-            )
+        dtype = planes.value_dtype(header, code)
         wire.check_payload(header, payload, header.elements * dtype.itemsize)
-        values = wire.Header(header.compressor, dtype, header.shape, b"")
-        return _read_values(values, payload, device)
+        return planes.read_values(header, payload, dtype, device)
+
+
+# --- quantisers: every element a level ------------------------------------------------
 
 
 @register
@@ -401,6 +322,8 @@ class UniformQuantization(Compressor):
         1 to 16, bits an element.
     rounding : str
         ``nearest``, or ``stochastic``, which is right in the mean.
+    lossless : str
+        Stage over the codes: ``none``, ``fast``, ``context`` or ``auto``.
 
     References
     ----------
@@ -410,15 +333,17 @@ class UniformQuantization(Compressor):
     name: ClassVar[str] = "qu"
     bits: int = 3
     rounding: str = "nearest"
+    lossless: str = "none"
 
-    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<Bdd")
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BBdd")
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits, 16)
-        _check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        check_whole("bits", self.bits, 1, 16)
+        check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        check_choice("lossless", self.lossless, planes.LOSSLESS)
 
-    def pack(self, flat: torch.Tensor, *, seed: int, training: bool) -> Packed:
-        work = _working(flat)
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        work = planes.working(flat)
         lo, hi = (bound.item() for bound in work.aminmax())
         top = 2**self.bits - 1
         # Half of everything where the range itself would overflow.
@@ -435,25 +360,182 @@ class UniformQuantization(Compressor):
             position.round_()
         position.clamp_(0, top)
         symbols = position.to(torch.uint8 if self.bits <= 8 else torch.int32)
-        return self._PARAMS.pack(self.bits, lo, hi), [
-            wire.pack_bits(symbols, self.bits)
-        ]
+        form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
+        return self._PARAMS.pack(self.bits, form, lo, hi), [plane]
 
     @classmethod
-    def unpack(
-        cls, header: wire.Header, payload: memoryview, device: torch.device | str
-    ) -> torch.Tensor:
-        bits, lo, hi = header.unpack_params(cls._PARAMS)
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        bits, form, lo, hi = header.unpack_params(cls._PARAMS)
         most = torch.finfo(header.dtype).max
         if not (1 <= bits <= 16 and -most <= lo <= hi <= most):
             raise FrameError(f"qu frame declares {bits} bits from {lo} to {hi}")
-        wire.check_payload(header, payload, wire.packed_size(header.elements, bits))
+        symbols = planes.read_plane(header, payload, bits, form, device)
         share = np.arange(2**bits) / (2**bits - 1)
         levels = torch.from_numpy(lo * (1 - share) + hi * share)
-        levels = levels.to(device, _working_dtype(header.dtype))
-        packed = wire.to_tensor(payload, torch.uint8, device)
-        symbols = wire.unpack_bits(packed, header.elements, bits)
+        levels = levels.to(device, planes.working_dtype(header.dtype))
         return levels.index_select(0, symbols.to(torch.int32))
+
+
+def _nearest(work: Tensor, levels: Tensor) -> Tensor:
+    """Return the index of the nearest of ascending levels, uint8, for each element.
+
+    Parameters
+    ----------
+    work : Tensor
+        float32 or float64, shape (d,).
+    levels : Tensor
+        float64, at most 256, on the CPU.
+    """
+    middles = (levels[1:] / 2 + levels[:-1] / 2).to(work)
+    return torch.bucketize(work, middles, out_int32=True).to(torch.uint8)
+
+
+@register
+@dataclass(frozen=True)
+class QuantileQuantization(Compressor):
+    """QQ: levels at the quantiles of a normal distribution, scaled to the maximum.
+
+    2**(bits - 1) positive levels, zero, and one negative level less.
+
+    Parameters
+    ----------
+    bits : int
+        2 to 8, bits an element.
+    offset : float
+        Probability of the outermost quantile, from 0.5 to less than 1.
+    lossless : str
+        Stage over the codes: ``none``, ``fast``, ``context`` or ``auto``.
+
+    References
+    ----------
+    The normal-float levels that the extended code of the MS paper compares with.
+    """
+
+    name: ClassVar[str] = "qq"
+    bits: int = 3
+    offset: float = 0.99
+    lossless: str = "none"
+
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BBdd")
+
+    def __post_init__(self) -> None:
+        check_whole("bits", self.bits, 2, 8)
+        check_number("offset", self.offset, 0.51, 1)
+        check_choice("lossless", self.lossless, planes.LOSSLESS)
+
+    @staticmethod
+    def levels(bits: int, offset: float, scale: float) -> Tensor:
+        """Return the 2**bits levels, float64, ascending."""
+        probability = torch.linspace(offset, 0.5, 2 ** (bits - 1) + 1).double()
+        positive = torch.special.ndtri(probability[:-1])
+        negative = -torch.special.ndtri(
+            torch.linspace(offset, 0.5, 2 ** (bits - 1)).double()[:-1]
+        )
+        ascending = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)])
+        return ascending / positive[0] * scale
+
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        work = planes.working(flat)
+        scale = max(abs(bound.item()) for bound in work.aminmax())
+        symbols = _nearest(work, self.levels(self.bits, self.offset, scale))
+        form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
+        return self._PARAMS.pack(self.bits, form, self.offset, scale), [plane]
+
+    @classmethod
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        bits, form, offset, scale = header.unpack_params(cls._PARAMS)
+        most = torch.finfo(header.dtype).max
+        if not (2 <= bits <= 8 and 0.5 < offset < 1 and 0 <= scale <= most):
+            raise FrameError(f"qq frame declares {bits} bits, {offset}, scale {scale}")
+        symbols = planes.read_plane(header, payload, bits, form, device)
+        levels = cls.levels(bits, offset, scale).to(
+            device, planes.working_dtype(header.dtype)
+        )
+        return levels.index_select(0, symbols.to(torch.int32))
+
+
+@register
+@dataclass(frozen=True)
+class FloatQuantization(Compressor):
+    """FP: small floats, with a sign only where the tensor has negative values.
+
+    A code is an exponent and a mantissa; the exponent 0 holds zero and the sub-normal
+    numbers, and no code is spent on infinities or NaN.
+
+    Parameters
+    ----------
+    exponent : int
+        Bits of the exponent, 1 to 5.
+    mantissa : int
+        Bits of the mantissa, 0 to 7; at most 8 with the exponent.
+    scale : str
+        ``absmax`` scales the largest code to the largest magnitude of the tensor;
+        ``none`` takes the bias 2**(exponent - 1) - 1, and what is larger than the
+        largest code becomes that code.
+    lossless : str
+        Stage over the codes: ``none``, ``fast``, ``context`` or ``auto``.
+
+    References
+    ----------
+    The small floats that the extended code of the MS paper compares with.
+    """
+
+    name: ClassVar[str] = "fp"
+    exponent: int = 2
+    mantissa: int = 1
+    scale: str = "absmax"
+    lossless: str = "none"
+
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BBBBd")
+
+    def __post_init__(self) -> None:
+        check_whole("exponent", self.exponent, 1, 5)
+        check_whole("mantissa", self.mantissa, 0, min(7, 8 - self.exponent))
+        check_choice("scale", self.scale, ("absmax", "none"))
+        check_choice("lossless", self.lossless, planes.LOSSLESS)
+
+    @staticmethod
+    def levels(exponent: int, mantissa: int) -> Tensor:
+        """Return the numbers of all codes without sign, float64, ascending."""
+        codes = torch.arange(2 ** (exponent + mantissa))
+        power = codes >> mantissa
+        fraction = (codes & (2**mantissa - 1)).double() / 2**mantissa
+        bias = 2 ** (exponent - 1) - 1
+        normal = (1 + fraction) * 2.0 ** (power - bias)
+        return torch.where(power > 0, normal, fraction * 2.0 ** (1 - bias))
+
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        work = planes.working(flat)
+        lo, hi = (bound.item() for bound in work.aminmax())
+        levels = self.levels(self.exponent, self.mantissa)
+        factor = max(-lo, hi) / levels[-1].item() if self.scale == "absmax" else 1.0
+        signed = lo < 0
+        magnitude = work.abs() if signed else work
+        symbols = _nearest(magnitude, levels * factor)
+        bits = self.exponent + self.mantissa
+        form, plane = planes.write_plane(symbols, bits, shape, self.lossless)
+        parts = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
+        params = self.exponent, self.mantissa, signed, form, factor
+        return self._PARAMS.pack(*params), [*parts, plane]
+
+    @classmethod
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        exponent, mantissa, signed, form, factor = header.unpack_params(cls._PARAMS)
+        if not 1 <= exponent <= 5 or exponent + mantissa > 8 or signed > 1:
+            raise FrameError(f"fp frame declares {exponent} + {mantissa} bits")
+        levels = cls.levels(exponent, mantissa)
+        most = max(torch.finfo(header.dtype).max, 1.0)
+        if not 0 <= factor * levels[-1].item() <= most * (1 + 1e-9):
+            raise FrameError(f"fp frame declares the scale {factor}")
+        levels = (levels * factor).clamp_(max=most)
+        signs, plane = planes.split(header, payload, planes.sign_bytes(header, signed))
+        symbols = planes.read_plane(header, plane, exponent + mantissa, form, device)
+        levels = levels.to(device, planes.working_dtype(header.dtype))
+        flat = levels.index_select(0, symbols.to(torch.int32))
+        return planes.apply_signs(flat, signs) if signed else flat
+
+
+# --- sparsifiers: a few elements are kept ---------------------------------------------
 
 
 @register
@@ -461,15 +543,22 @@ class UniformQuantization(Compressor):
 class Sparsification(Compressor):
     """SP: the elements of largest magnitude, all others zero.
 
-    Positions travel as a bitmap or as 32-bit indices, whichever is smaller: a bit an
-    element, or 32 bits a kept element. Values travel in the tensor's own type.
-
     Parameters
     ----------
     sparsity : float
-        Share of the elements of the tensor that is dropped, at least 0, less than 1;
+        Share of the elements that is dropped, at least 0, less than 1;
         ``k = floor((1 - sparsity) d)``, at least 1. Of equal magnitudes the lower
         index is kept.
+    scope : str
+        ``tensor`` keeps k of all d elements, ``sample`` k of each sample's.
+    values : str
+        Type that kept values travel in: ``float32`` is the tensor's own, ``bfloat16``
+        and ``float16`` take 16 bits.
+    positions : str
+        ``paper``: a bit an element or 32 bits a kept element, whichever is smaller;
+        ``auto``: the gaps between kept elements, entropy-coded, where that is smaller.
+    lossless : str
+        Stage over the bitmap: ``none``, ``fast``, ``context`` or ``auto``.
 
     References
     ----------
@@ -479,63 +568,130 @@ class Sparsification(Compressor):
 
     name: ClassVar[str] = "sp"
     sparsity: float = 0.95875
+    scope: str = "tensor"
+    values: str = "float32"
+    positions: str = "paper"
+    lossless: str = "none"
 
-    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<QB")
-    _BITMAP: ClassVar[int] = 0
-    _INDICES: ClassVar[int] = 1
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<QBBB")
+    # Positions travel as a bitmap (raw or through the lossless stage) or as these.
+    _INDICES: ClassVar[int] = 16
+    _GAPS: ClassVar[int] = 17
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        check_sparsity(self.sparsity)
+        check_choice("scope", self.scope, _SCOPES)
+        check_choice("values", self.values, planes.VALUES)
+        check_choice("positions", self.positions, ("paper", "auto"))
+        check_choice("lossless", self.lossless, planes.LOSSLESS)
 
-    def pack(self, flat: torch.Tensor, *, seed: int, training: bool) -> Packed:
-        count = flat.numel()
-        kept = _kept(self.sparsity, count)
-        mask, _ = _topk_mask(_working(flat).abs(), kept)
-        values = flat[mask]
-        if 4 * kept < wire.packed_size(count, 1) and count <= 2**31:
-            form, positions = self._INDICES, mask.nonzero().view(-1).to(torch.int32)
-        else:
-            form, positions = self._BITMAP, wire.pack_bits(mask.view(torch.uint8), 1)
-        return self._PARAMS.pack(kept, form), [values, positions]
+    def select(self, magnitude: Tensor, k: int, *, seed: int, training: bool) -> Tensor:
+        """Return the positions of the k elements that are kept of every row."""
+        del seed, training
+        return topk.largest(magnitude, k)
+
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        rows = _rows(shape, self.scope)
+        kept = topk.kept(self.sparsity, flat.numel() // rows)
+        magnitude = planes.working(flat).abs().view(rows, -1)
+        chosen = self.select(magnitude, kept, seed=seed, training=training)
+        values = planes.narrow(flat[chosen], self.values, self.name)
+        form, coded = self._write_positions(chosen, flat.numel(), shape)
+        scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
+        return self._PARAMS.pack(kept, scope, dtype, form), [values, coded]
+
+    def _write_positions(
+        self, chosen: Tensor, count: int, shape: Shape
+    ) -> tuple[int, wire.Part]:
+        """Return form and bytes of the kept positions, the smallest that is allowed."""
+        mask = torch.zeros(count, dtype=torch.uint8, device=chosen.device)
+        mask[chosen] = 1
+        form, coded = planes.write_plane(mask, 1, shape, self.lossless)
+        size = len(coded) if isinstance(coded, bytes) else coded.numel()
+        if 4 * chosen.numel() < size and count <= 2**31:
+            form, coded = self._INDICES, chosen.to(torch.int32)
+            size = 4 * chosen.numel()
+        if self.positions == "auto":
+            gaps = entropy.encode_gaps(chosen.cpu().numpy(), count)
+            if gaps is not None and len(gaps) < size:
+                form, coded = self._GAPS, gaps
+        return form, coded
 
     @classmethod
-    def unpack(
-        cls, header: wire.Header, payload: memoryview, device: torch.device | str
-    ) -> torch.Tensor:
-        kept, form = header.unpack_params(cls._PARAMS)
-        _check_kept(header, kept)
-        if form not in (cls._BITMAP, cls._INDICES):
-            raise FrameError(f"sp frame has positions of the unknown form {form}")
-        bitmap = wire.packed_size(header.elements, 1)
-        split = kept * header.dtype.itemsize
-        size = 4 * kept if form == cls._INDICES else bitmap
-        wire.check_payload(header, payload, split + size)
-        positions = payload[split:]
-        cls._check_positions(header, positions, kept, form)
-        values = _read_values(header, payload[:split], device)
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        kept, scope, code, form = header.unpack_params(cls._PARAMS)
+        kept *= _check_kept(header, kept, scope)
+        dtype = planes.value_dtype(header, code)
+        sent, coded = planes.split(header, payload, kept * dtype.itemsize)
+        chosen = cls._read_positions(header, coded, kept, form, device)
+        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
         flat = values.new_zeros(header.elements)
-        if form == cls._INDICES:
-            indices = wire.to_tensor(positions, torch.int32, device)
-            return flat.index_copy_(0, indices.long(), values)
-        packed = wire.to_tensor(positions, torch.uint8, device)
-        mask = wire.unpack_bits(packed, header.elements, 1).view(torch.bool)
-        return flat.masked_scatter_(mask, values)
+        return flat.index_copy_(0, chosen, values)
 
     @classmethod
-    def _check_positions(
-        cls, header: wire.Header, positions: memoryview, kept: int, form: int
-    ) -> None:
-        if form == cls._BITMAP:
-            marked = wire.count_symbols(positions, header.elements, 1, 1)
-            if marked != kept:
-                raise FrameError(f"sp frame keeps {kept} elements but marks {marked}")
-            return
-        for part in wire.chunks(positions, "<u4"):
+    def _read_positions(
+        cls,
+        header: Header,
+        coded: memoryview,
+        kept: int,
+        form: int,
+        device: Device,
+    ) -> Tensor:
+        if form == cls._GAPS:
+            gaps = entropy.decode_gaps(coded, kept, header.elements)
+            return torch.from_numpy(gaps).to(device)
+        if form != cls._INDICES:
+            mask = planes.read_plane(header, coded, 1, form, device, marked=(1, kept))
+            return topk.positions(mask.view(torch.bool))
+        wire.check_payload(header, coded, 4 * kept)
+        for part in wire.chunks(coded, "<u4"):
             if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):
                 raise FrameError(
-                    "sp frame has indices that do not ascend "
+                    f"{header.compressor} frame has indices that do not ascend "
                     f"within its {header.elements} elements"
                 )
+        return wire.to_tensor(coded, torch.int32, device).long()
+
+
+@register
+@dataclass(frozen=True)
+class RandomizedSparsification(Sparsification):
+    """RT: like `sp`, but each kept element may be drawn from outside the k largest.
+
+    k elements are drawn without replacement; an element of the k largest has the
+    weight ``(1 - alpha) / k``, any other ``alpha / (d - k)``.
+
+    Parameters
+    ----------
+    alpha : float
+        Weight of everything outside the k largest, at least 0, less than 1; with 0 it
+        is `sp`.
+    evaluation : str
+        ``topk``, the k largest in evaluation, as in its own paper; ``random``, drawn
+        there too, as the MS paper's comparison does.
+
+    References
+    ----------
+    Zheng et al., "Reducing Communication for Split Learning by Randomized Top-k
+    Sparsification", IJCAI 2023 (per sample there: ``scope=sample``); the MS paper's
+    comparison selects per tensor.
+    """
+
+    name: ClassVar[str] = "rt"
+    alpha: float = 0.1
+    evaluation: str = "topk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alpha", self.alpha, 0, 1)
+        check_choice("evaluation", self.evaluation, ("topk", "random"))
+
+    def select(self, magnitude: Tensor, k: int, *, seed: int, training: bool) -> Tensor:
+        """Draw the positions of the k elements that are kept of every row."""
+        if not training and self.evaluation == "topk":
+            return topk.largest(magnitude, k)
+        generator = torch.Generator(magnitude.device).manual_seed(seed)
+        return topk.draw(magnitude, k, self.alpha, generator)
 
 
 @register
@@ -551,7 +707,7 @@ class MaskSparsification(Compressor):
     Parameters
     ----------
     sparsity : float
-        Share of the elements of the tensor that is not kept, at least 0, less than 1;
+        Share of the elements that is not kept, at least 0, less than 1;
         ``k = floor((1 - sparsity) d)``, at least 1. Of equal magnitudes the lower
         index is kept.
     bits : int
@@ -559,6 +715,14 @@ class MaskSparsification(Compressor):
     rounding : str
         ``nearest`` level, as in the public code and the paper's figures, or ``floor``,
         as in its text. Symbols of elements not kept are at most L - 1 in both.
+    scope : str
+        ``tensor`` keeps k of all d elements, ``sample`` k of each sample's, with a t of
+        its own.
+    values : str
+        Type that kept values travel in: ``float32`` is the tensor's own, ``bfloat16``
+        and ``float16`` take 16 bits; t is that of the values as they travel.
+    lossless : str
+        Stage over the mask: ``none``, ``fast``, ``context`` or ``auto``.
 
     References
     ----------
@@ -570,56 +734,272 @@ class MaskSparsification(Compressor):
     sparsity: float = 0.99
     bits: int = 2
     rounding: str = "nearest"
+    scope: str = "tensor"
+    values: str = "float32"
+    lossless: str = "none"
 
-    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<QBB")
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<QBBBBB")
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-        _check_bits(self.bits, 8)
-        _check_choice("rounding", self.rounding, ("nearest", "floor"))
+        check_sparsity(self.sparsity)
+        check_whole("bits", self.bits, 1, 8)
+        check_choice("rounding", self.rounding, ("nearest", "floor"))
+        check_choice("scope", self.scope, _SCOPES)
+        check_choice("values", self.values, planes.VALUES)
+        check_choice("lossless", self.lossless, planes.LOSSLESS)
 
-    def pack(self, flat: torch.Tensor, *, seed: int, training: bool) -> Packed:
-        work = _working(flat)
-        kept = _kept(self.sparsity, flat.numel())
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        work = planes.working(flat)
+        rows = _rows(shape, self.scope)
+        kept = topk.kept(self.sparsity, flat.numel() // rows)
         signed = bool(work.amin() < 0)
-        magnitude = work.abs() if signed else work
-        mask, smallest = _topk_mask(magnitude, kept)
+        magnitude = (work.abs() if signed else work).view(rows, -1)
+        chosen = topk.largest(magnitude, kept)
+        values = planes.narrow(flat[chosen], self.values, self.name)
+        smallest = planes.working(values).to(work.dtype).view(rows, kept).abs()
+        symbols = self._symbols(magnitude, smallest.amin(1, keepdim=True))
+        symbols[chosen] = 2**self.bits - 1
+        form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
+        signs = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
+        scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
+        params = self._PARAMS.pack(kept, self.bits, signed, scope, dtype, form)
+        return params, [values, *signs, plane]
+
+    def _symbols(self, magnitude: Tensor, smallest: Tensor) -> Tensor:
+        """Return the mask of elements that are not kept, uint8, shape (d,).
+
+        Where fewer than k elements of a row differ from zero, t is zero and so are all
+        that are not kept.
+        """
         top = 2**self.bits - 1
-        if smallest > 0:
-            level = (magnitude / smallest).mul_(top)
-            level = level.round_() if self.rounding == "nearest" else level.floor_()
-            symbols = level.clamp_(max=top - 1).to(torch.uint8)
-        else:  # fewer than k elements differ from zero: all others are zero
-            symbols = torch.zeros_like(mask, dtype=torch.uint8)
-        symbols.masked_fill_(mask, top)
-        parts = [flat[mask], wire.pack_bits(symbols, self.bits)]
-        if signed:
-            parts.append(wire.pack_bits((work < 0).view(torch.uint8), 1))
-        return self._PARAMS.pack(kept, self.bits, signed), parts
+        level = (magnitude / smallest.masked_fill(smallest == 0, 1)).mul_(top)
+        if self.rounding == "nearest":
+            level.round_()
+        # Values narrowed to 16 bits can put t below elements that are not kept.
+        return level.clamp_(max=top - 1).to(torch.uint8).view(-1)
 
     @classmethod
-    def unpack(
-        cls, header: wire.Header, payload: memoryview, device: torch.device | str
-    ) -> torch.Tensor:
-        kept, bits, signed = header.unpack_params(cls._PARAMS)
-        _check_kept(header, kept)
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        kept, bits, signed, scope, code, form = header.unpack_params(cls._PARAMS)
+        rows = _check_kept(header, kept, scope)
         if not 1 <= bits <= 8 or signed > 1:
             raise FrameError(f"ms frame declares {bits} bits and sign form {signed}")
-        count, top = header.elements, 2**bits - 1
-        masks = kept * header.dtype.itemsize
-        signs = masks + wire.packed_size(count, bits)
-        end = signs + (wire.packed_size(count, 1) if signed else 0)
-        wire.check_payload(header, payload, end)
-        marked = wire.count_symbols(payload[masks:signs], count, bits, top)
-        if marked != kept:
-            raise FrameError(f"ms frame keeps {kept} elements but marks {marked}")
-        values = _read_values(header, payload[:masks], device)
-        packed = wire.to_tensor(payload[masks:signs], torch.uint8, device)
-        symbols = wire.unpack_bits(packed, count, bits)
-        work = _working(values)
-        flat = symbols.to(work.dtype).mul_(work.abs().amin() / top)
+        dtype, top = planes.value_dtype(header, code), 2**bits - 1
+        size = rows * kept * dtype.itemsize
+        sent, signs, plane = planes.split(
+            header, payload, size, planes.sign_bytes(header, signed)
+        )
+        marked = top, rows * kept
+        symbols = planes.read_plane(header, plane, bits, form, device, marked=marked)
+        chosen = topk.positions(symbols == top)
+        if rows > 1:
+            cls._check_rows(header, chosen, rows, kept)
+        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
+        work = planes.working(values)
+        level = work.view(rows, kept).abs().amin(1, keepdim=True) / top
+        flat = symbols.to(work.dtype).view(rows, -1).mul_(level).view(-1)
         if signed:
-            packed = wire.to_tensor(payload[signs:], torch.uint8, device)
-            negative = wire.unpack_bits(packed, count, 1).view(torch.bool)
-            flat = torch.where(negative, -flat, flat)
-        return flat.to(header.dtype).masked_scatter_(symbols == top, values)
+            flat = planes.apply_signs(flat, signs)
+        return flat.to(header.dtype).index_copy_(0, chosen, values)
+
+    @staticmethod
+    def _check_rows(header: Header, chosen: Tensor, rows: int, kept: int) -> None:
+        row = chosen // (header.elements // rows)
+        if not bool((row.view(rows, kept) == row.view(rows, kept)[:, :1]).all()):
+            raise FrameError(f"ms frame does not keep {kept} elements of every sample")
+
+
+# --- ours: entropy-coded --------------------------------------------------------------
+
+
+@register
+@dataclass(frozen=True)
+class EntropyCodedQuantization(Compressor):
+    """EC: a scalar quantiser with a dead zone whose symbols are entropy-coded.
+
+    Symbol 0 is a magnitude below ``deadzone`` steps, the next ones a step each. A
+    symbol comes back as the mean (centroid) of its magnitudes, symbol 0 as zero where
+    the tensor has negative values; these cost a bit of sign where the symbol is not 0.
+    What lies beyond the last of 255 symbols is sent exactly. Symbols are coded by their
+    neighbours (`masksl.entropy`).
+
+    Parameters
+    ----------
+    step : float | None
+        Width of a step in standard deviations of the tensor.
+    bits : float | None
+        Budget, in bits an element: the step is searched so that frames keep to it.
+    error : float | None
+        Relative error (norm of the difference over norm of the tensor), likewise. One
+        of the three steers; 0.25 if none is given.
+    deadzone : float | None
+        Width of symbol 0 in steps, 0.5 to 1; None takes the one that, by a sample,
+        needs the fewest bits for its error.
+    context : str
+        ``spatial`` codes by neighbours (maps of at least 2x2, else like ``none``);
+        ``none`` by one table.
+    """
+
+    name: ClassVar[str] = "ec"
+    step: float | None = None
+    bits: float | None = None
+    error: float | None = None
+    deadzone: float | None = None
+    context: str = "spatial"
+
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<HBII")
+
+    def __post_init__(self) -> None:
+        given = [
+            (option, value)
+            for option in ("step", "bits", "error")
+            if (value := getattr(self, option)) is not None
+        ]
+        if len(given) > 1:
+            (option, value), (other, _), *_ = given
+            raise ValueError(f"{option}={value!r}: must be null where {other} is given")
+        for option, value in given:
+            check_number(option, value, 1e-4, 1 if option == "error" else 32)
+        if self.deadzone is not None:
+            check_number("deadzone", self.deadzone, 0.5, 1 + 1e-9)
+        check_choice("context", self.context, ("spatial", "none"))
+
+    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+        work = planes.working(flat)
+        signed = bool(work.amin() < 0)
+        magnitude = work.abs() if signed else work
+        quantizer = self._steer(magnitude, shape, work, signed)
+        symbols = quantizer.symbols(magnitude)
+        plane = symbols.cpu().numpy()
+        alphabet = int(plane.max()) + 1
+        plan = self._plan(plane, shape)
+        centroids = self._centroids(plane, magnitude, alphabet, signed)
+        outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
+        coded = entropy.encode_plane(plane, alphabet, shape, plan)
+        parts: list[wire.Part] = [centroids, outliers, coded]
+        if signed:
+            negative = work[topk.positions(symbols > 0)] < 0
+            parts.append(wire.pack_bits(negative.view(torch.uint8), 1))
+        params = alphabet, signed, outliers.numel(), len(coded)
+        return self._PARAMS.pack(*params), parts
+
+    @classmethod
+    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        alphabet, signed, outliers, length = header.unpack_params(cls._PARAMS)
+        if not 1 <= alphabet <= 256 or signed > 1 or outliers > header.elements:
+            raise FrameError(f"ec frame declares {alphabet} symbols, signs {signed}")
+        dtype = planes.working_dtype(header.dtype)
+        first = 1 if signed else 0
+        regular = min(alphabet, scalar.Quantizer.LAST) - first
+        sizes = (
+            regular * dtype.itemsize,
+            outliers * header.dtype.itemsize,
+            length,
+        )
+        sent, exact, coded, signs = planes.split(header, payload, *sizes)
+        plane = entropy.decode_plane(coded, alphabet, header.shape)
+        planes.check_marked(
+            header, int((plane == scalar.Quantizer.LAST).sum()), outliers
+        )
+        symbols = torch.from_numpy(plane).to(device)
+        table = torch.zeros(256, dtype=dtype, device=device)
+        table[first : first + regular] = planes.read_values(header, sent, dtype, device)
+        flat = table.index_select(0, symbols.to(torch.int32))
+        nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
+        size = wire.packed_size(nonzero.numel(), 1)
+        wire.check_payload(header, payload, sum(sizes) + size)
+        if nonzero.numel():
+            packed = wire.to_tensor(signs, torch.uint8, device)
+            bits = wire.unpack_bits(packed, nonzero.numel(), 1)
+            flat[nonzero] *= 1 - 2 * bits.to(dtype)
+        flat = flat.to(header.dtype)
+        if outliers:
+            values = planes.read_values(header, exact, header.dtype, device)
+            flat[topk.positions(symbols == scalar.Quantizer.LAST)] = values
+        return flat
+
+    def _plan(self, plane: np.ndarray, shape: Shape) -> entropy.Plan:
+        spatial = self.context == "spatial"
+        return entropy.make_plan(plane, int(plane.max()) + 1, shape, spatial=spatial)
+
+    @staticmethod
+    def _centroids(
+        plane: np.ndarray, magnitude: Tensor, alphabet: int, signed: bool
+    ) -> Tensor:
+        """Return the mean magnitude of every symbol that is not sent exactly."""
+        sums = np.bincount(plane, magnitude.cpu().numpy(), minlength=alphabet)
+        means = sums / np.maximum(np.bincount(plane, minlength=alphabet), 1)
+        most = torch.finfo(magnitude.dtype).max
+        chosen = torch.from_numpy(means[int(signed) : scalar.Quantizer.LAST])
+        return chosen.clamp_(max=most).to(magnitude.dtype)
+
+    def _steer(
+        self,
+        magnitude: Tensor,
+        shape: Shape,
+        work: Tensor,
+        signed: bool,
+    ) -> scalar.Quantizer:
+        """Return the quantiser that step, bits or error asks for."""
+        largest = magnitude.amax().item()
+        deviation = work.double().std(correction=0).item() if work.numel() > 1 else 0.0
+        unit = deviation or largest or 1.0
+        least = torch.finfo(work.dtype).tiny
+        bounds = math.log(unit * 1e-4), math.log(max(largest, unit) * 4)
+        sample = scalar.Sample.of(magnitude, 2**17, signed)
+        deadzone = self.deadzone
+        if deadzone is None:
+            width = self.step * unit if self.step is not None else None
+            target = self.error if self.error is not None else 0.25
+            deadzone = scalar.best_deadzone(sample.first(2**14), width, target, bounds)
+
+        def at(step: float) -> scalar.Quantizer:
+            return scalar.Quantizer(max(step, least), deadzone)
+
+        if self.step is not None:
+            return at(self.step * unit)
+        if self.bits is None:
+            target = 0.25 if self.error is None else self.error
+            return at(
+                scalar.search(lambda w: sample.error(at(w)), target, bounds, True)
+            )
+        # What a few samples cost is found quickly; what that is off by, once.
+        part, part_shape = _some_samples(magnitude, shape, 2**18)
+        count = magnitude.numel()
+
+        def estimate(step: float) -> float:
+            return self._bits_of(at(step), part, part_shape, signed, count)
+
+        step = scalar.search(estimate, self.bits, bounds, False)
+        whole = self._bits_of(at(step), magnitude, shape, signed, count)
+        target = self.bits * estimate(step) / whole
+        return at(scalar.search(estimate, target, bounds, False))
+
+    def _bits_of(
+        self,
+        quantizer: scalar.Quantizer,
+        magnitude: Tensor,
+        shape: Shape,
+        signed: bool,
+        count: int,
+    ) -> float:
+        """Return about how many bits an element takes in a tensor of so many."""
+        plane = quantizer.symbols(magnitude).cpu().numpy()
+        plan = self._plan(plane, shape)
+        beside = 32 * int(plane.max()) + plan.side_bits
+        signs = float((plane > 0).mean()) if signed else 0.0
+        exact = 32 * float((plane == scalar.Quantizer.LAST).mean())
+        return plan.bits / plane.size + signs + exact + beside / count
+
+
+def _some_samples(magnitude: Tensor, shape: Shape, size: int) -> tuple[Tensor, Shape]:
+    """Return samples spread over the batch, about ``size`` elements, and their shape.
+
+    What is no batch of maps comes back whole.
+    """
+    if len(shape) < 4:
+        return magnitude, shape
+    rows = shape[0]
+    some = max(1, min(rows, rows * size // magnitude.numel()))
+    spread = torch.arange(some, device=magnitude.device) * rows // some
+    return magnitude.view(rows, -1)[spread].view(-1), (some, *shape[1:])

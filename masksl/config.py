@@ -5,6 +5,8 @@ one line that names the key, the value and what is allowed.
 """
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +67,10 @@ def _milestones(value: Any) -> bool:
 
 
 _POSITIVE = Rule("a number greater than 0", lambda v: _is_number(v) and v > 0)
+_RATE = Rule(
+    "a number greater than 0 and at most 1e30",
+    lambda v: _is_number(v) and 0 < v <= 1e30,
+)
 _NOT_NEGATIVE = Rule("a number from 0 on", lambda v: _is_number(v) and v >= 0)
 _SHARE = Rule("a number from 0 to less than 1", lambda v: _is_number(v) and 0 <= v < 1)
 _FRACTION = Rule(
@@ -86,7 +92,7 @@ RULES: dict[str, Rule] = {
     "client_device": _DEVICE,
     "threads.client": _whole(1),
     "threads.server": _whole(1),
-    "optimizer.lr": _POSITIVE,
+    "optimizer.lr": _RATE,
     "optimizer.momentum": _SHARE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.nesterov": _BOOL,
@@ -138,7 +144,13 @@ def check(settings: Mapping[str, Value]) -> None:
     _check_model(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
+    _check_optimizer(settings)
+    _check_engine(settings)
     _check_samples(settings)
+    known = (*RULES, "cut", *(f"{group}." for group in COMPRESSOR_GROUPS))
+    for key, value in settings.items():
+        if not key.startswith(known):
+            raise ConfigError(f"{key}={value!r}: is no key of conf/base.yaml")
 
 
 def from_run_config(run_config: Mapping[str, Value]) -> Settings:
@@ -188,6 +200,32 @@ def _check_model(settings: Mapping[str, Value]) -> None:
         raise ConfigError(str(error)) from error
 
 
+def _check_optimizer(settings: Mapping[str, Value]) -> None:
+    if settings["optimizer.nesterov"] and not settings["optimizer.momentum"]:
+        raise ConfigError.of("optimizer.nesterov", True, "false without momentum")
+
+
+def _check_engine(settings: Mapping[str, Value]) -> None:
+    """Refuse clients that Flower's simulation could never place."""
+    if settings["engine.name"] != "flower":
+        return
+    for key in ("engine.cpus_per_client", "engine.gpus_per_client"):
+        if key not in settings:
+            raise ConfigError.of(key, None, RULES[key].allowed)
+    cpus, here = float(settings["engine.cpus_per_client"]), os.cpu_count() or 1
+    if cpus > here:
+        allowed = f"at most {here}, the CPUs that are here"
+        raise ConfigError.of("engine.cpus_per_client", cpus, allowed)
+    gpus = float(settings["engine.gpus_per_client"])
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus > count:
+        allowed = f"at most {count}, the CUDA devices that are here"
+        raise ConfigError.of("engine.gpus_per_client", gpus, allowed)
+    if _device_type(settings["client_device"]) == "cuda" and not gpus:
+        allowed = "greater than 0 with client_device=cuda: Ray hides GPUs otherwise"
+        raise ConfigError.of("engine.gpus_per_client", gpus, allowed)
+
+
 def _check_samples(settings: Mapping[str, Value]) -> None:
     """Refuse more clients than samples, as far as the number of samples is fixed."""
     spec = dataset.DATASETS[str(settings["dataset.name"])]
@@ -199,13 +237,10 @@ def _check_samples(settings: Mapping[str, Value]) -> None:
 
 
 def _device_type(name: Any) -> str | None:
-    if name == "auto":
-        return "auto"
-    try:
-        kind = torch.device(name).type
-    except (RuntimeError, TypeError):
-        return None
-    return kind if kind in ("cpu", "cuda") else None
+    if name in ("auto", "cpu", "cuda"):
+        return str(name)
+    numbered = isinstance(name, str) and re.fullmatch(r"cuda:\d+", name)
+    return "cuda" if numbered else None
 
 
 def _check_device(key: str, name: str) -> None:

@@ -8,7 +8,7 @@ batch, with randomness of their own for every sample.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -119,6 +119,9 @@ class FileImages(Images):
         int64, shape (n,).
     size : int
         Height and width that they come out with.
+    crop : bool
+        Whether a random box of a training image and the centre of a test image are
+        taken; else the whole image is, and must be of that size.
     workers : int
         Threads that read them.
     """
@@ -126,6 +129,7 @@ class FileImages(Images):
     paths: Sequence[str]
     labels: torch.Tensor
     size: int
+    crop: bool
     workers: int
 
     def pixels(
@@ -141,20 +145,22 @@ class FileImages(Images):
 
     def first(self, limit: int | None) -> "FileImages":
         """Return the first ``limit`` images."""
-        return FileImages(
-            self.paths[:limit], self.labels[:limit], self.size, self.workers
-        )
+        return replace(self, paths=self.paths[:limit], labels=self.labels[:limit])
 
     def _read(self, path: str, draws: torch.Tensor | None) -> torch.Tensor:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-        if image.size != (self.size, self.size):
+        if self.crop:
             if draws is None:
                 box = _centre_box(*image.size)
             else:
                 box = _random_box(*image.size, draws.tolist())
             bilinear = Image.Resampling.BILINEAR
             image = image.resize((self.size, self.size), bilinear, box=box)
+        elif image.size != (self.size, self.size):
+            raise DatasetError(
+                f"{path}: {image.size}, expected {self.size}x{self.size}"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -250,6 +256,13 @@ class Dataset:
 
 
 @lru_cache(maxsize=2)
+def _read(config: DatasetConfig) -> tuple[Images, Images]:
+    """Return the training and the test images, limited, on the CPU."""
+    train, test = DATASETS[config.name].load(config)
+    return train.first(config.limit), test.first(config.test_limit)
+
+
+@lru_cache(maxsize=2)
 def load(config: DatasetConfig, device: str = "cpu") -> Dataset:
     """Load a data set, once in a process.
 
@@ -270,15 +283,11 @@ def load(config: DatasetConfig, device: str = "cpu") -> Dataset:
     DatasetError
         If it is not where it should be; the message says how to get it.
     """
-    spec = DATASETS[config.name]
-    train, test = spec.load(config)
-    halves = []
-    for images, limit in ((train, config.limit), (test, config.test_limit)):
-        images = images.first(limit)
-        if isinstance(images, TensorImages):
-            images = TensorImages(images.images.to(device), images.labels)
-        halves.append(images)
-    return Dataset(spec, halves[0], halves[1], device)
+    train, test = _read(config)
+    if isinstance(train, TensorImages) and isinstance(test, TensorImages):
+        train = TensorImages(train.images.to(device), train.labels)
+        test = TensorImages(test.images.to(device), test.labels)
+    return Dataset(DATASETS[config.name], train, test, device)
 
 
 # --- who has what ---------------------------------------------------------------------
@@ -310,7 +319,7 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
     # Imported here: it takes seconds, and only those who hold training data need it.
     from datasets import Dataset as Table  # pylint: disable=import-outside-toplevel
 
-    labels = load(config).train.labels
+    labels = _read(config)[0].labels
     if clients > len(labels):
         raise DatasetError(
             f"clients={clients}: must be at most {len(labels)}, "
@@ -562,7 +571,7 @@ def _load_tiny_imagenet(config: DatasetConfig) -> tuple[Images, Images]:
     ]
     rows = [line.split("\t") for line in annotations.read_text().splitlines()]
     test = [(str(root / "val/images" / row[0]), label[row[1]]) for row in rows]
-    return _files(train, 64, config), _files(test, 64, config)
+    return _files(train, 64, False, config), _files(test, 64, False, config)
 
 
 def _load_imagenet(config: DatasetConfig) -> tuple[Images, Images]:
@@ -576,15 +585,15 @@ def _load_imagenet(config: DatasetConfig) -> tuple[Images, Images]:
             what = f"imagenet/{part} with one folder of images a class"
             how = "unpack the ILSVRC2012 archives there"
             raise _missing(config, what, how) from error
-        parts.append(_files(found.samples, 224, config))
+        parts.append(_files(found.samples, 224, True, config))
     return parts[0], parts[1]
 
 
 def _files(
-    found: Sequence[tuple[str, int]], size: int, config: DatasetConfig
+    found: Sequence[tuple[str, int]], size: int, crop: bool, config: DatasetConfig
 ) -> FileImages:
     labels = torch.tensor([label for _, label in found])
-    return FileImages([path for path, _ in found], labels, size, config.workers)
+    return FileImages([path for path, _ in found], labels, size, crop, config.workers)
 
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from masksl import config, dataset, engine, server_app
 from masksl.config import ConfigError
 from masksl.dataset import DatasetConfig, DatasetError
+from masksl.engine import EngineError
 from masksl.messages import RunError
 from masksl.settings import Settings, flatten, section
 
@@ -54,7 +55,7 @@ def main(composed: DictConfig) -> None:
             clients=int(settings["clients"]),
             options=section(settings, "engine"),
         )
-    except (ConfigError, DatasetError, RunError) as error:
+    except (ConfigError, DatasetError, EngineError, RunError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

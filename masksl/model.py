@@ -110,6 +110,26 @@ def split(units: Units, cut: int) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*units[:cut]), nn.Sequential(*units[cut:])
 
 
+def activation_shape(
+    client: nn.Sequential, channels: int, size: int, device: torch.device
+) -> tuple[int, ...]:
+    """Return the shape of a sample's activation, without the batch.
+
+    Parameters
+    ----------
+    client : nn.Sequential
+        Client half, on ``device``; it is left as it was.
+    channels, size : int
+        Images are (channels, size, size).
+    """
+    training = client.training
+    with torch.no_grad():
+        images = torch.zeros(1, channels, size, size, device=device)
+        shape = tuple(client.eval()(images).shape[1:])
+    client.train(training)
+    return shape
+
+
 # --- the networks ---------------------------------------------------------------------
 
 

@@ -34,12 +34,14 @@ class RunFolder:
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Append the metrics of a round."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and the curves."""
         draw_curves(read_rows(self.path), self.path / CURVES)
-        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        _write(
+            self.path / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

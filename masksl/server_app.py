@@ -1,5 +1,6 @@
 """Flower ServerApp: builds the strategy, runs the rounds, writes the results."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from masksl import config, model, seeds
 from masksl.compress import make
+from masksl.config import ConfigError
 from masksl.console import ProgressBar, print_summary
 from masksl.dataset import DATASETS
 from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_device
@@ -29,10 +31,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run what Flower's run config says; entry point of ``flwr run``."""
-    settings = config.from_run_config(context.run_config)
-    config.check(settings)
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    run(grid, settings, Path("outputs") / stamp)
+    try:
+        settings = config.from_run_config(context.run_config)
+        config.check(settings)
+        run(grid, settings, Path("outputs") / stamp)
+    except (ConfigError, RunError) as error:
+        print(f"masksl: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def build(settings: Settings, folder: Path) -> ServerApp:
@@ -109,9 +115,9 @@ def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
     client, server = model.split(units, model.resolve_cut(name, run_config.cut))
     optimizer = OptimizerConfig(**section(settings, "optimizer"))
     device = resolve_device(run_config.device)
+    client.to(device)
     shared = None
     if run_config.client_sync != "never":
-        client.to(device)
         parameters = {name: p.detach() for name, p in client.named_parameters()}
         tensors = parameters | dict(client.named_buffers())
         shared = SharedHalf(tensors, list(parameters))
@@ -121,6 +127,9 @@ def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
         ),
         shared=shared,
         settings=settings,
+        activation_shape=model.activation_shape(
+            client, spec.channels, spec.size, device
+        ),
         classes=spec.classes,
         optimizer=optimizer,
         schedule=ScheduleConfig(**section(settings, "schedule")),

@@ -1,5 +1,6 @@
 """SplitLearning: what is asked of the clients and what becomes of their answers."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from masksl.halves import (
     apply_gradients,
     average,
 )
-from masksl.ledger import Ledger, compression_factor
+from masksl.ledger import Entry, Ledger, compression_factor
 from masksl.messages import RunError
 from masksl.settings import RunConfig, Settings
 
@@ -116,6 +117,8 @@ class SplitLearning(Strategy):
         The initial client half; None under ``client_sync=never``.
     settings : Settings
         Configuration of the run; sent to the clients as it is.
+    activation_shape : tuple[int, ...]
+        Shape of a sample's activation.
     classes : int
         Number of classes.
     optimizer : OptimizerConfig
@@ -137,6 +140,7 @@ class SplitLearning(Strategy):
         server: ServerHalf,
         shared: SharedHalf | None,
         settings: Settings,
+        activation_shape: tuple[int, ...],
         classes: int,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -147,6 +151,7 @@ class SplitLearning(Strategy):
         self.server = server
         self.shared = shared
         self.settings = settings
+        self.activation_shape = torch.Size(activation_shape)
         self.classes = classes
         self.optimizer = optimizer
         self.schedule = schedule
@@ -274,6 +279,8 @@ class SplitLearning(Strategy):
                 frame = self.gradient_compressor.encode(gradient, seed=seed)
             content[messages.GRADIENT] = messages.frame_record(frame)
             sent[client.number] = content
+        if not math.isfinite(loss):
+            raise RunError(f"round {self._round.number}, step {step}: loss not finite")
         replies = self._exchange(grid, clients, messages.BACKWARD, sent, step)
         sizes = [len(gradient) for gradient in gradients]
         self._collect_halves(clients, replies, sizes, step)
@@ -294,7 +301,8 @@ class SplitLearning(Strategy):
         shared = self.shared
         if with_model and shared is not None and client.version != shared.version:
             if self._model is None or self._model[0] != shared.version:
-                record = messages.model_record(shared.tensors)
+                with _blame(f"round {self._round.number}, step {step}, client half"):
+                    record = messages.model_record(shared.tensors)
                 self._model = shared.version, record
             content[messages.MODEL] = self._model[1]
             client.version = shared.version
@@ -327,6 +335,12 @@ class SplitLearning(Strategy):
         with _blame(self._where(client.number, step)):
             frame = messages.frame_of(content, messages.ACTIVATION)
             activation = decode(frame, device=self.server.device)
+            expected = self.activation_shape
+            if activation.shape[1:] != expected or activation.dtype != torch.float32:
+                raise FrameError(
+                    f"activation of shape {tuple(activation.shape)}, "
+                    f"{activation.dtype}, expected (n, {str(expected)[1:-1]}), float32"
+                )
             labels = messages.labels_of(content, self.classes, len(activation))
             return activation, labels.to(self.server.device)
 
@@ -347,7 +361,8 @@ class SplitLearning(Strategy):
             figures: Any = content.metric_records[messages.FIGURES]
             self._round.rebuilt += figures["rebuilt"]
             if self.shared is not None:
-                with _blame(self._where(client.number, step)):
+                where = f"round {self._round.number}, step {step}"
+                with _blame(f"{where}, client {client.number}, client half"):
                     half = messages.model_of(content, self.shared.tensors)
                 if half is not None:
                     came[client.number] = half
@@ -388,6 +403,9 @@ class SplitLearning(Strategy):
         for client in clients:
             activation, labels = self._decode(client, replies[client.number], step)
             self._round.score += self.server.evaluate(activation, labels)
+        if not math.isfinite(self._round.score.loss):
+            where = f"round {self._round.number}, evaluation {step}"
+            raise RunError(f"{where}: loss not finite")
 
     def _row(self, seconds: float) -> dict[str, Any]:
         """Return the metrics of the round."""
@@ -430,9 +448,14 @@ class SplitLearning(Strategy):
             for client in clients
         ]
         replies: dict[int, RecordDict] = {}
+        came: dict[int, list[Entry]] = {}
+        gradient = kind == messages.BACKWARD
         for reply in grid.send_and_receive(outgoing, timeout=self._timeout):
             number = numbers[reply.metadata.src_node_id]
-            replies[number] = self._content(reply, self._where(number, step))
+            where = self._where(number, step, gradient)
+            replies[number] = self._content(reply, where)
+            with _blame(where):
+                came[number] = messages.entries(replies[number])
         missing = [number for number in numbers.values() if number not in replies]
         if missing:
             raise RunError(
@@ -443,7 +466,7 @@ class SplitLearning(Strategy):
         self.ledger.exchange(
             phase,
             {number: messages.entries(content) for number, content in sent.items()},
-            {number: messages.entries(replies[number]) for number in sorted(replies)},
+            {number: came[number] for number in sorted(came)},
         )
         return replies
 

@@ -28,6 +28,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_ELEMENTS = 2**28
 
 Buffer = bytes | bytearray | memoryview
+Part: TypeAlias = torch.Tensor | bytes
 
 _FIXED = struct.Struct("<4sBBBB8sIQ")
 _CHECKSUM = slice(16, 20)
@@ -88,23 +90,22 @@ class Header:
         return layout.unpack(self.params)
 
 
-def assemble(header: Header, parts: Sequence[torch.Tensor]) -> bytes:
+def assemble(header: Header, parts: Sequence[Part]) -> bytes:
     """Return the frame of a header and its payload.
 
     Parameters
     ----------
     header : Header
         What the frame says of itself.
-    parts : Sequence[torch.Tensor]
-        Payload in order: one-dimensional tensors on one device. Their bytes cross to
-        the host together.
+    parts : Sequence[torch.Tensor | bytes]
+        Payload in order: bytes, and one-dimensional tensors on any device.
 
     Returns
     -------
     bytes
         The frame, copied together once.
     """
-    payload = [memoryview(_to_host(part)) for part in parts]  # type: ignore[arg-type]
+    payload = [to_host(part) for part in parts]
     size = sum(part.nbytes for part in payload)
     fields = bytearray(
         _FIXED.pack(
@@ -179,9 +180,11 @@ def parse(
 
 
 def declared_elements(frame: Buffer) -> int:
-    """Return the elements that a frame declares, unchecked: for frames once parsed."""
-    ndim = frame[6]
-    return math.prod(struct.unpack_from(f"<{ndim}I", frame, _FIXED.size))
+    """Return the elements that a frame declares, its checksum unchecked."""
+    view = memoryview(frame).cast("B")
+    if len(view) < _FIXED.size or len(view) < _FIXED.size + 4 * view[6]:
+        raise FrameError(f"frame of {len(view)} bytes is shorter than its header")
+    return math.prod(struct.unpack_from(f"<{view[6]}I", view, _FIXED.size))
 
 
 def check_payload(header: Header, payload: memoryview, expected: int) -> None:
@@ -205,6 +208,13 @@ def flatten(tensor: torch.Tensor) -> torch.Tensor:
     return flat
 
 
+def to_host(part: Part) -> memoryview:
+    """Return the bytes of a part of the payload."""
+    if isinstance(part, bytes):
+        return memoryview(part)
+    return memoryview(flatten(part).view(torch.uint8).cpu().numpy())  # type: ignore
+
+
 def to_tensor(
     payload: memoryview, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
@@ -224,6 +234,8 @@ def to_tensor(
     torch.Tensor
         One-dimensional, owning its memory.
     """
+    if not payload:
+        return torch.empty(0, dtype=dtype, device=device)
     host = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
     return host.to(device).view(dtype)
 
@@ -336,6 +348,17 @@ def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> in
     return found
 
 
+def check_finite(payload: memoryview, dtype: torch.dtype) -> bool:
+    """Return whether all values of a payload are finite, a little at a time."""
+    integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+    infinity = torch.tensor([torch.inf], dtype=dtype).view(torch.uint8).numpy()
+    exponent = infinity.view(integer)[0]  # all bits of the exponent: inf and nan
+    return all(
+        bool(((part & exponent) != exponent).all())
+        for part in chunks(payload, np.dtype(integer).str)
+    )
+
+
 def chunks(payload: memoryview, dtype: str) -> Iterator[np.ndarray]:
     """Yield the payload in pieces of at most 128 KiB, each overlapping by one element.
 
@@ -355,10 +378,6 @@ def chunks(payload: memoryview, dtype: str) -> Iterator[np.ndarray]:
     step = _CHUNK // array.itemsize
     for start in range(0, len(array), step):
         yield array[max(start - 1, 0) : start + step]
-
-
-def _to_host(part: torch.Tensor) -> np.ndarray:
-    return flatten(part).view(torch.uint8).cpu().numpy()
 
 
 def _checksum(fields: memoryview) -> int:

@@ -39,12 +39,15 @@ def options(path: Path) -> dict[str, Any]:
         ("cut=0", "cut=0: must be shallow"),
         ("cut=wide", "cut='wide': must be shallow"),
         ("client_sync=often", "client_sync='often': must be one of step, round, never"),
-        ("compressor.name=zip", "compressor.name='zip': must be one of none, qu, sp"),
+        ("compressor.name=zip", "compressor.name='zip': must be one of none, qu, qq"),
         ("compressor.sparsity=1.5", "compressor.sparsity=1.5: must be at least 0"),
         ("compressor.bits=0", "compressor.bits=0: must be a whole number from 1 to 8"),
         ("compressor.rounding=up", "compressor.rounding='up': must be one of nearest"),
         ("gradient_compressor.values=x", "gradient_compressor.values='x': must be one"),
         ("device=cuda:99", "device='cuda:99': must be auto or cpu: "),
+        ("device=0", "device=0: must be auto, cpu, cuda or cuda:N"),
+        ("optimizer.lr=1e40", "optimizer.lr=1e+40: must be a number greater than 0"),
+        ("+nonsense=4", "nonsense=4: is no key of conf/base.yaml"),
         ("client_device=tpu", "client_device='tpu': must be auto, cpu, cuda or cuda:N"),
         ("threads.server=0", "threads.server=0: must be"),
         ("optimizer.lr=-1", "optimizer.lr=-1: must be a number greater than 0"),
@@ -73,6 +76,29 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="device='cuda': must be auto or cpu: 0 CUDA"):
         settings_of("device=cuda")
     settings_of("device=auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("optimizer.nesterov=true", "optimizer.momentum=0"),
+            "optimizer.nesterov=True: must be false without momentum",
+        ),
+        (
+            ("engine=flower", "engine.cpus_per_client=4096"),
+            "engine.cpus_per_client=4096.0: must be at most",
+        ),
+        (
+            ("engine=flower", "engine.gpus_per_client=512"),
+            "engine.gpus_per_client=512.0: must be at most",
+        ),
+    ],
+)
+def test_bad_combinations_are_named(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of(*overrides)
+    assert str(caught.value).startswith(message)
 
 
 def test_missing_keys_are_named() -> None:
@@ -104,6 +130,7 @@ def test_run_config_drops_options_of_the_other_compressor() -> None:
         "name": "qu",
         "bits": 2,
         "rounding": "nearest",
+        "lossless": "none",
     }
     config.check(pruned)
 

@@ -1,17 +1,21 @@
 """The same configuration gives the same run on every engine."""
 
+import signal
 import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from masksl import client_app, engine, messages, results, server_app
+from masksl import client_app, compress, engine, messages, results, server_app
 from masksl.main import CLIENT_APP
 from masksl.messages import RunError
 from masksl.settings import Settings, section
-from tests.conftest import settings_of
+from tests.conftest import ROOT, settings_of
 
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 
@@ -78,26 +82,69 @@ def test_a_diverged_activation_names_its_client(
     )
 
 
-def test_an_altered_frame_names_its_client(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+BROKEN = {
+    "altered": (
+        lambda frame: frame[:100] + b"x" + frame[101:],
+        "checksum does not match: the frame has been altered",
+    ),
+    "cut short": (
+        lambda frame: frame[:30],
+        "frame of 30 bytes is shorter than its header",
+    ),
+    "of another shape": (
+        lambda frame: compress.make("ms").encode(torch.rand(26, 3)),
+        "activation of shape (26, 3), torch.float32, expected (n, 64, 4, 4), float32",
+    ),
+    "of another type": (
+        lambda frame: compress.make("ms").encode(torch.rand(26, 64, 4, 4).double()),
+        (
+            "activation of shape (26, 64, 4, 4), torch.float64, "
+            "expected (n, 64, 4, 4), float32"
+        ),
+    ),
+    "of other samples": (
+        lambda frame: compress.make("ms").encode(torch.rand(7, 64, 4, 4)),
+        "26 bytes of labels for 7 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_a_broken_frame_names_its_client(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     forward = client_app.forward
+    change, reason = BROKEN[how]
 
-    def alter(client: client_app.Client, content: Any) -> Any:
+    def break_frame(client: client_app.Client, content: Any) -> Any:
         reply = forward(client, content)
         if client.number == 1:
-            frame = bytearray(messages.frame_of(reply, "activation"))
-            frame[100] ^= 4
-            reply["activation"] = messages.frame_record(bytes(frame))
+            frame = change(messages.frame_of(reply, "activation"))
+            reply["activation"] = messages.frame_record(frame)
         return reply
 
-    monkeypatch.setattr(client_app, "forward", alter)
+    monkeypatch.setattr(client_app, "forward", break_frame)
     with pytest.raises(RunError) as caught:
-        run(settings_of(*SMALL), tmp_path)
-    assert str(caught.value) == (
-        "round 1, step 0, client 1, compressor ms: "
-        "checksum does not match: the frame has been altered"
-    )
+        run(settings_of(*SMALL, "batch_size=26"), tmp_path)
+    assert str(caught.value) == f"round 1, step 0, client 1, compressor ms: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("batch_size=100", "optimizer.lr=1e18"), "round 1, evaluation 0: loss not"),
+        (
+            ("client_sync=step", "optimizer.lr=1e30", "optimizer.weight_decay=1e12"),
+            "round 1, step 1, client half: none: ",
+        ),
+    ],
+)
+def test_divergence_is_never_hidden(
+    overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError) as caught:
+        run(settings_of(*SMALL, "rounds=1", *overrides), tmp_path)
+    assert str(caught.value).startswith(message)
 
 
 def test_a_client_that_raises_ends_a_run_with_its_reason(
@@ -113,11 +160,37 @@ def test_a_client_that_raises_ends_a_run_with_its_reason(
 
 def test_nothing_of_a_simulation_stays_behind(tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
-    ray = [
-        line for line in listed.stdout.splitlines() if "raylet" in line.split(" ")[0]
-    ]
-    assert ray == []
+    assert simulation_processes() == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "masksl.main", "rounds=500"]
+    output = tmp_path / "output"
+    with open(output, "w", encoding="utf-8") as file:
+        folder = f"hydra.run.dir={tmp_path}/run"
+        parent = subprocess.Popen(
+            [*command, folder], stdout=file, stderr=file, cwd=ROOT
+        )
+    deadline = time.monotonic() + 90
+    while "round 1/500" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    parent.send_signal(end)
+    assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
+    deadline = time.monotonic() + 15
+    while (left := simulation_processes()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+    assert "Traceback" not in output.read_text()
+
+
+def simulation_processes() -> list[str]:
+    """Return the command lines of Ray's daemons and actors that run."""
+    listed = subprocess.run(
+        ["ps", "-eww", "-o", "stat,args"], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
+    return [ln for ln in lines if "raylet" in ln or "ray::" in ln or "gcs_server" in ln]
 
 
 def test_unknown_engines_are_refused() -> None:

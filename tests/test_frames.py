@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from masksl import wire
-from masksl.compress import FrameError, decode, make
+from masksl.compress import COMPRESSORS, FrameError, decode, make
 from tests.test_wire import reseal
 
 CASES = [
@@ -23,6 +23,15 @@ CASES = [
     ("sp", {"sparsity": 0.98}),
     ("ms", {"sparsity": 0.9, "bits": 2}),
     ("ms", {"sparsity": 0.9, "bits": 3}),
+    ("ms", {"sparsity": 0.9, "scope": "sample", "lossless": "context"}),
+    ("ms", {"sparsity": 0.9, "values": "float16", "lossless": "fast"}),
+    ("qu", {"bits": 3, "lossless": "context"}),
+    ("qq", {"bits": 3}),
+    ("fp", {"exponent": 2, "mantissa": 1}),
+    ("sp", {"sparsity": 0.98, "positions": "auto"}),
+    ("rt", {"sparsity": 0.9, "positions": "auto", "lossless": "auto"}),
+    ("ec", {}),
+    ("ec", {"error": 0.1, "context": "none"}),
 ]
 GRID = (torch.arange(24).view(2, 3, 4) * 5 % 17 - 8).float() / 4
 
@@ -35,33 +44,51 @@ GOLDEN = {
         "3f000000c0000040bf0000003f0000e03f0000a0bf000000000000a03f"
     ),
     ("qu", "bits=3"): (
-        "4d534b4c0103031171750000000000004efc239c09000000000000000200000003000000"
-        "040000000300000000000000c00000000000000040101f1aeb456785f8d0"
+        "4d534b4c0103031271750000000000004d5b70ff09000000000000000200000003000000"
+        "04000000030000000000000000c00000000000000040101f1aeb456785f8d0"
     ),
     ("qu", "bits=10"): (
-        "4d534b4c010303117175000000000000c5c246ae1e000000000000000200000003000000"
-        "040000000a00000000000000c0000000000000004000407fbfc0003f4080bfff003f7f80"
-        "c0ff00407fbfc0003fe438794e92e3"
+        "4d534b4c01030312717500000000000094e8f5821e000000000000000200000003000000"
+        "040000000a0000000000000000c0000000000000004000407fbfc0003f4080bfff003f7f"
+        "80c0ff00407fbfc0003fe438794e92e3"
     ),
     ("sp", "sparsity=0.75"): (
-        "4d534b4c010303097370000000000000a755263d1b000000000000000200000003000000"
-        "04000000060000000000000000000000c00000e03f0000e0bf00000040000000c00000e0"
-        "3f890412"
+        "4d534b4c0103030b73700000000000003a18b6641b000000000000000200000003000000"
+        "040000000600000000000000000300000000c00000e03f0000e0bf00000040000000c000"
+        "00e03f890412"
     ),
     ("sp", "sparsity=0.96"): (
-        "4d534b4c0103030973700000000000007838701307000000000000000200000003000000"
-        "04000000010000000000000000000000c0010000"
+        "4d534b4c0103030b7370000000000000d5d3453e07000000000000000200000003000000"
+        "040000000100000000000000000300000000c0010000"
     ),
     ("ms", "sparsity=0.75,bits=2"): (
-        "4d534b4c0103030a6d73000000000000019697f021000000000000000200000003000000"
-        "0400000006000000000000000201000000c00000e03f0000e0bf00000040000000c00000"
-        "e03fd7e2b5285e8b93c926"
+        "4d534b4c0103030d6d73000000000000881af82121000000000000000200000003000000"
+        "0400000006000000000000000201000300000000c00000e03f0000e0bf00000040000000"
+        "c00000e03f93c926d7e2b5285e8b"
     ),
     ("ms", "sparsity=0.5,bits=5"): (
-        "4d534b4c0103030a6d730000000000003ee7cd9942000000000000000200000003000000"
-        "040000000c000000000000000501000000c00000e03f0000a0bf0000a03f0000e0bf0000"
-        "00400000c03f0000c0bf000000c00000e03f0000a0bf0000a03f7fb2ffc1ff6cfe6cfe37"
-        "f94ff63ff893c926"
+        "4d534b4c0103030d6d73000000000000bddc323742000000000000000200000003000000"
+        "040000000c000000000000000501000300000000c00000e03f0000a0bf0000a03f0000e0"
+        "bf000000400000c03f0000c0bf000000c00000e03f0000a0bf0000a03f93c9267fb2ffc1"
+        "ff6cfe6cfe37f94ff63ff8"
+    ),
+    ("qq", "bits=3"): (
+        "4d534b4c010303127171000000000000e7e2b08909000000000000000200000003000000"
+        "040000000300ae47e17a14aeef3f0000000000000040489f19eac34346facc"
+    ),
+    ("fp", "exponent=3,mantissa=2"): (
+        "4d534b4c0103030c6670000000000000a07a2c0412000000000000000200000003000000"
+        "0400000003020100922449922449b23f93c9263f5fcf01f737ff3d7b9ffbe7eb39e0"
+    ),
+    ("rt", "sparsity=0.75"): (
+        "4d534b4c0103030b7274000000000000c69c50c81b000000000000000200000003000000"
+        "0400000006000000000000000003000000e03f0000e0bf00000040000000c00000e03f00"
+        "000000880452"
+    ),
+    ("ec", "step=0.5,deadzone=0.55"): (
+        "4d534b4c0103030b656300000000000076372d6233000000000000000200000003000000"
+        "0400000004000100000000240000000000203f0000a03f0000f03f000102030302030d00"
+        "000028b52ffd200421000029201920bf7dcfc90571cb4510000000d3d404"
     ),
 }
 
@@ -133,7 +160,7 @@ def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
     altered = bytearray(frame)
     altered[start] ^= 1
     crafted.append(bytes(altered))
-    if case[0] == "ms" or case[1].get("sparsity") == 0.9:
+    if case in (("sp", {"sparsity": 0.9}), ("ms", {"sparsity": 0.9, "bits": 2})):
         for change in (-1, 1):  # with the payload cut or filled up to match
             kept = struct.unpack_from("<Q", header.params)[0] + change
             miscounted = bytearray(frame[: start - len(header.params)])
@@ -167,4 +194,4 @@ def test_golden_frames(name: str, options: str) -> None:
 
 
 def test_every_compressor_has_a_golden_frame() -> None:
-    assert {name for name, _ in GOLDEN} == {"none", "qu", "sp", "ms"}
+    assert {name for name, _ in GOLDEN} == set(COMPRESSORS)

@@ -8,7 +8,12 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "masksl"
 IMPORTS = {
     "wire": set(),
-    "compress": {"wire"},
+    "entropy": {"wire"},
+    "topk": set(),
+    "planes": {"entropy", "wire"},
+    "scalar": set(),
+    "options": set(),
+    "compress": {"options", "entropy", "planes", "scalar", "topk", "wire"},
     "model": set(),
     "seeds": set(),
     "settings": set(),

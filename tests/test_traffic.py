@@ -26,7 +26,7 @@ HEADER = 44  # of four dimensions, without the compressor's parameters
 
 def ms_frame(samples: int) -> int:
     count = samples * UNIT
-    return HEADER + 10 + 4 * (count // 100) + count // 4
+    return HEADER + 13 + 4 * (count // 100) + count // 4
 
 
 def none_frame(samples: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masksl import wire
-from masksl.compress import decode, make
+from masksl.compress import COMPRESSORS, decode, make
 
 
 @given(
@@ -49,14 +49,14 @@ def test_header_is_the_documented_table() -> None:
     frame = make("ms", sparsity=0.5, bits=2).encode(torch.ones(2, 3, 1, 4))
     fields = struct.unpack_from("<4sBBBB8sIQ4I", frame)
     payload = 12 * 4 + 6
-    assert fields[:6] == (b"MSKL", 1, 3, 4, 10, b"ms\0\0\0\0\0\0")
+    assert fields[:6] == (b"MSKL", 1, 3, 4, 13, b"ms\0\0\0\0\0\0")
     assert fields[6] == zlib.crc32(frame[:16] + frame[20:])
     assert fields[7:] == (payload, 2, 3, 1, 4)
-    assert struct.unpack_from("<QBB", frame, 44) == (12, 2, 0)
-    assert len(frame) == 28 + 16 + 10 + payload
+    assert struct.unpack_from("<QBBBBB", frame, 44) == (12, 2, 0, 0, 3, 0)
+    assert len(frame) == 28 + 16 + 13 + payload
 
 
-@pytest.mark.parametrize("name", ["none", "qu", "sp", "ms"])
+@pytest.mark.parametrize("name", list(COMPRESSORS))
 def test_header_takes_at_most_64_bytes(name: str) -> None:
     tensor = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     header, payload = wire.parse(frame := make(name).encode(tensor))

@@ -5,6 +5,10 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
+from masksl.engine.error import EngineError
+
+__all__ = ["ENGINES", "EngineError", "run"]
+
 ENGINES = ("flower", "local")
 
 

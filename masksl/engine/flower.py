@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +19,10 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
+from masksl.engine.error import EngineError
+
 GRACE = 10.0  # seconds that the child has to end once it has reported
+SHOW_CURSOR = "\x1b[?25h"
 
 
 def run(
@@ -37,25 +42,37 @@ def run(
     """
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    arguments = (build, client_app, clients, dict(options), sender)
+    watched, alive = spawn.Pipe(duplex=False)  # closes when this process ends
+    arguments = (build, client_app, clients, dict(options), sender, watched)
     child = spawn.Process(target=_simulate, args=arguments)
     child.start()
     sender.close()
+    watched.close()
     try:
         error, trace = receiver.recv()
         child.join(GRACE)
     except EOFError:
         child.join()
-        raise RuntimeError(
-            f"Flower's simulation ended with exit status {child.exitcode}"
-        ) from None
+        status = f"exit status {child.exitcode}"
+        raise EngineError(f"Flower's simulation ended with {status}") from None
     finally:
         if child.is_alive():  # interrupted, or it hangs after its last word
-            os.killpg(child.pid or 0, signal.SIGKILL)  # Ray's processes follow
-            child.join()
+            _kill(child)
+        alive.close()
     if error is not None:
         error.add_note(trace)
         raise error
+
+
+def _kill(child: multiprocessing.process.BaseProcess) -> None:
+    """End the child and what it started; Ray's own processes follow."""
+    try:
+        os.killpg(child.pid or 0, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        child.kill()
+    child.join()
+    if sys.stdout.isatty():
+        sys.stdout.write(SHOW_CURSOR)  # the progress bar had no time to
 
 
 def _simulate(
@@ -64,9 +81,11 @@ def _simulate(
     clients: int,
     options: Mapping[str, Any],
     outcome: Connection,
+    watched: Connection,
 ) -> None:
     """Run the simulation in the child process and report what it raised."""
     os.setpgrp()  # what is started from here can be ended together
+    threading.Thread(target=_follow, args=(watched,), daemon=True).start()
     warnings.simplefilter("ignore")
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
@@ -94,3 +113,9 @@ def _simulate(
             outcome.send((error, trace))
         except Exception:  # pylint: disable=broad-exception-caught
             outcome.send((RuntimeError(str(error)), trace))  # it could not be pickled
+
+
+def _follow(watched: Connection) -> None:
+    """End this process and what it started as soon as the parent is gone."""
+    watched.poll(None)  # nothing is ever sent: it returns when the other end closes
+    os.killpg(0, signal.SIGKILL)

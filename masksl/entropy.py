@@ -1,0 +1,527 @@
+"""Entropy coding of symbol planes: neighbours predict each other.
+
+A plane is one small symbol for every element of a tensor. Where the tensor holds maps
+(the last two dimensions at least 2x2), the probability table of a symbol is chosen by
+its four causal neighbours (left, above, above left, above right) and by the group that
+its channel belongs to; elsewhere one table serves all. Tables, groups and all else that
+the decoder needs are in the coded plane.
+
+Symbols are coded along skewed diagonals (column + 2 row), so that a whole diagonal of
+every map in the batch has its neighbours decoded and can be coded at once, sorted by
+context. The coder itself is constriction's asymmetric numeral system.
+
+A coded plane, little-endian, is
+
+======  ====  ==========================================================
+size    type  field
+======  ====  ==========================================================
+1       u8    context: 0 none, 1 left and above, 2 all four neighbours
+1       u8    number of channel groups
+3, 2    u8    least symbols of neighbour classes 1, 2, 3; of classes 1, 2
+4       u32   length of the tables
+        zstd  tables, a byte a symbol, -16 log2 of its probability; before them, with
+              more than one group, the group of every channel
+        u32s  the coder's words
+======  ====  ==========================================================
+"""
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import constriction
+import numpy as np
+import torch
+import zstandard
+
+from masksl.wire import FrameError, pack_bits, packed_size, to_tensor, unpack_bits
+
+NONE, COARSE, FINE = 0, 1, 2  # contexts of a plane
+_NEIGHBOURS = {NONE: 1, COARSE: 16, FINE: 144}
+_HEADER = struct.Struct("<BB3B2BI")
+_UNIT = 16  # steps of the probability code per factor of two
+_TABLE_BITS = 6.0  # about what an entry of a table costs, compressed
+_GROUPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a plane is coded, and what that will cost.
+
+    Parameters
+    ----------
+    context : int
+        `NONE`, `COARSE` or `FINE`.
+    groups : numpy.ndarray
+        uint8, shape (C,): the group of every channel.
+    bounds : tuple[int, ...]
+        Least symbols of the neighbour classes 1, 2, 3 of four, and 1, 2 of three.
+    codes : numpy.ndarray
+        uint8, shape (groups x contexts, alphabet): the tables as they are sent.
+    bits : float
+        Empirical entropy of the symbols given their contexts, in bits.
+    side_bits : float
+        About what the tables take.
+    """
+
+    context: int
+    groups: np.ndarray
+    bounds: tuple[int, ...]
+    codes: np.ndarray
+    bits: float
+    side_bits: float
+
+    @property
+    def total(self) -> float:
+        """Estimated size in bits."""
+        return self.bits + self.side_bits
+
+
+def encode_plane(
+    symbols: np.ndarray, alphabet: int, shape: tuple[int, ...], plan: Plan | None = None
+) -> bytes:
+    """Code a plane.
+
+    Parameters
+    ----------
+    symbols : numpy.ndarray
+        uint8, shape (d,), row-major, all less than ``alphabet``.
+    alphabet : int
+        Number of different symbols, 1 to 256.
+    shape : tuple[int, ...]
+        Shape of the tensor that they belong to, of d elements.
+    plan : Plan | None
+        What `make_plan` returned for it; made anew where it is None.
+
+    Returns
+    -------
+    bytes
+        The coded plane; `decode_plane` needs alphabet and shape again.
+    """
+    maps = _Maps.of(shape)
+    plan = plan or make_plan(symbols, alphabet, shape)
+    models = _models(plan.codes)
+    coder = constriction.stream.stack.AnsCoder()
+    if plan.context == NONE:
+        coder.encode_reverse(symbols.astype(np.int32), models[0])
+    else:
+        keys = _keys(maps.grid(symbols), plan)
+        rows, key_rows = maps.diagonal_rows(symbols), maps.diagonal_rows(keys.ravel())
+        for start, end in reversed(maps.diagonals):
+            _encode_sorted(coder, rows[start:end], key_rows[start:end], models)
+    tables = plan.codes.tobytes()
+    if plan.groups.max() > 0:
+        tables = plan.groups.tobytes() + tables
+    packed = zstandard.ZstdCompressor(level=9).compress(tables)
+    count = int(plan.groups.max()) + 1
+    header = _HEADER.pack(plan.context, count, *plan.bounds, len(packed))
+    return header + packed + coder.get_compressed().astype("<u4").tobytes()
+
+
+def decode_plane(
+    payload: memoryview, alphabet: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Undo `encode_plane`.
+
+    Parameters
+    ----------
+    payload : memoryview
+        A coded plane, whole.
+    alphabet : int
+        As it was encoded with.
+    shape : tuple[int, ...]
+        Likewise.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, shape (d,).
+
+    Raises
+    ------
+    FrameError
+        If the plane is at odds with itself.
+    """
+    maps = _Maps.of(shape)
+    plan, words = _read_header(payload, alphabet, maps)
+    models = _models(plan.codes)
+    coder = constriction.stream.stack.AnsCoder(words)
+    if plan.context == NONE:
+        decoded = coder.decode(models[0], math.prod(shape)).astype(np.uint8)
+    else:
+        decoded = _decode_maps(coder, plan, maps, models)
+    if not coder.is_empty():
+        raise FrameError("coded plane goes on after its last symbol")
+    return decoded
+
+
+def make_plan(
+    symbols: np.ndarray, alphabet: int, shape: tuple[int, ...], *, spatial: bool = True
+) -> Plan:
+    """Choose contexts, groups and tables by what they will cost.
+
+    Parameters
+    ----------
+    symbols, alphabet, shape
+        See `encode_plane`.
+    spatial : bool
+        Whether neighbours may choose the tables.
+
+    Returns
+    -------
+    Plan
+        The cheapest; nothing has been coded.
+    """
+    maps = _Maps.of(shape)
+    counts = np.bincount(symbols, minlength=alphabet)
+    bounds = (*_class_bounds(counts, 4), *_class_bounds(counts, 3))
+    groups = np.zeros(maps.channels, np.uint8)
+    best = _plan(NONE, groups, bounds, counts[None])
+    if not (spatial and maps.height > 1 and maps.width > 1):
+        return best
+    fine = Plan(FINE, groups, bounds, counts[None], 0, 0)
+    keys = _keys(maps.grid(symbols), fine).astype(np.int32)
+    # Tables that few symbols would share cannot pay: channels are then all alike.
+    size = _NEIGHBOURS[FINE] * alphabet
+    channels = maps.channels if maps.channels * size <= symbols.size else 1
+    keys += np.arange(maps.channels, dtype=np.int32)[:, None, None] % channels * 144
+    cells = (keys * alphabet).ravel() + symbols
+    joint = np.bincount(cells, minlength=channels * size)
+    joint = joint.reshape((channels, 144, alphabet))
+    coarse = joint.reshape((channels, 16, 9, alphabet)).sum(2)
+    for context, tables in ((COARSE, coarse), (FINE, joint)):
+        so_far = math.inf
+        for count in _GROUPS:
+            plan = _grouped(context, tables, min(count, channels), bounds)
+            if plan.total >= so_far:
+                break  # where so many groups do not pay, more will not either
+            if channels == 1:
+                plan = replace(plan, groups=groups)
+            so_far = plan.total
+            best = min(best, plan, key=lambda p: p.total)
+    return best
+
+
+# --- contexts and tables --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """A tensor seen as maps: (B, C, H, W), and the order in which these are coded."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    positions: np.ndarray  # (H W,) flat positions, diagonal by diagonal
+    diagonals: tuple[tuple[int, int], ...]  # bounds in positions
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(shape: tuple[int, ...]) -> "_Maps":
+        """Return the maps of a shape; fewer than three dimensions are one row."""
+        if len(shape) < 3:
+            return _Maps(1, 1, 1, math.prod(shape), np.empty(0, np.int64), ())
+        batch, (channels, height, width) = math.prod(shape[:-3]), shape[-3:]
+        y, x = np.divmod(np.arange(height * width), width)
+        diagonal = x + 2 * y
+        positions = np.argsort(diagonal, kind="stable")
+        sizes = np.bincount(diagonal)
+        ends = np.cumsum(sizes)
+        bounds = tuple(
+            (int(end - size), int(end))
+            for end, size in zip(ends, sizes, strict=True)
+            if size
+        )
+        return _Maps(batch, channels, height, width, positions, bounds)
+
+    def grid(self, flat: np.ndarray) -> np.ndarray:
+        """Return flat elements as (B, C, H, W)."""
+        return flat.reshape(self.batch, self.channels, self.height, self.width)
+
+    def diagonal_rows(self, flat: np.ndarray) -> np.ndarray:
+        """Return flat elements as (H W, B C), rows in coding order."""
+        area = self.height * self.width
+        return np.ascontiguousarray(flat.reshape(-1, area).T)[self.positions]
+
+
+def _class_bounds(counts: np.ndarray, classes: int) -> list[int]:
+    """Split symbols into classes of about the same mass; return their least symbols.
+
+    A symbol that is frequent by itself has a class to itself; the others share the rest
+    evenly.
+    """
+    bounds, start = [], 0
+    for left in range(classes, 1, -1):
+        rest = counts[start:]
+        share = np.cumsum(rest) >= rest.sum() / left
+        start = min(start + int(share.argmax()) + 1, len(counts) - 1)
+        bounds.append(start)
+    return bounds
+
+
+def _classes(bounds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return look-up tables from symbol to one of four, one of three classes."""
+    symbols = np.arange(256)[:, None]
+    four = (symbols >= np.array(bounds[:3])).sum(1, dtype=np.uint8)
+    three = (symbols >= np.array(bounds[3:])).sum(1, dtype=np.uint8)
+    return four, three
+
+
+def _keys(grid: np.ndarray, plan: Plan) -> np.ndarray:
+    """Return the table of every symbol, uint16, shape (B, C, H, W)."""
+    four, three = _classes(plan.bounds)
+    batch, channels, height, width = grid.shape
+    padded = np.zeros((batch, channels, height + 1, width + 2), np.uint8)
+    padded[:, :, 1:, 1:-1] = four[grid]
+    left, above = padded[:, :, 1:, :-2], padded[:, :, :-1, 1:-1]
+    context = left * np.uint8(4) + above
+    if plan.context == FINE:
+        padded = np.zeros((batch, channels, height + 1, width + 2), np.uint8)
+        padded[:, :, 1:, 1:-1] = three[grid]
+        corners = padded[:, :, :-1, :-2] * np.uint8(3) + padded[:, :, :-1, 2:]
+        context = context * np.uint8(9) + corners
+    offset = plan.groups.astype(np.uint16) * _NEIGHBOURS[plan.context]
+    return context + offset[:, None, None]
+
+
+def _plan(
+    context: int, groups: np.ndarray, bounds: tuple[int, ...], counts: np.ndarray
+) -> Plan:
+    """Return the plan of these tables of counts, shape (tables, alphabet)."""
+    totals = counts.sum(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = -np.log2(counts / totals)  # inf for unseen symbols, nan for no symbols
+    seen = counts > 0
+    bits = float((counts[seen] * cost[seen]).sum())
+    codes = np.full(counts.shape, 255, np.uint8)
+    codes[seen] = np.minimum(np.rint(_UNIT * cost[seen]), 254)
+    side = _TABLE_BITS * int(seen.sum()) + 8 * (len(groups) * bool(groups.max()) + 25)
+    return Plan(context, groups, bounds, codes, bits, side)
+
+
+def _grouped(
+    context: int, tables: np.ndarray, count: int, bounds: tuple[int, ...]
+) -> Plan:
+    """Return the plan with channels in at most so many groups."""
+    groups = _cluster(tables, count)
+    merged = np.zeros((int(groups.max()) + 1, *tables.shape[1:]), np.int64)
+    np.add.at(merged, groups, tables)
+    return _plan(context, groups, bounds, merged.reshape(-1, tables.shape[2]))
+
+
+def _cluster(tables: np.ndarray, count: int) -> np.ndarray:
+    """Group channels whose symbols are alike, by code length; deterministic.
+
+    Parameters
+    ----------
+    tables : numpy.ndarray
+        Counts, shape (C, contexts, alphabet).
+    count : int
+        Number of groups.
+    """
+    channels, _, alphabet = tables.shape
+    mean = (tables.sum(1) * np.arange(alphabet)).sum(1)
+    groups = np.empty(channels, np.uint8)
+    groups[np.argsort(mean, kind="stable")] = np.arange(channels) * count // channels
+    if count == 1:
+        return groups
+    flat = tables.reshape(channels, -1).astype(np.float64)
+    for _ in range(6):
+        merged = np.zeros((count, *tables.shape[1:]))
+        np.add.at(merged, groups, tables)
+        merged += 0.1
+        lengths = -np.log2(merged / merged.sum(2, keepdims=True)).reshape(count, -1)
+        nearest = (flat @ lengths.T).argmin(1).astype(np.uint8)
+        if np.array_equal(nearest, groups):
+            break
+        groups = nearest
+    return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
+
+
+def _models(codes: np.ndarray) -> list:
+    """Return the coder's models of tables as they are sent."""
+    weights = np.where(codes == 255, 0.0, 2.0 ** (-codes.astype(np.float64) / _UNIT))
+    if codes.shape[1] == 1:  # the coder wants at least two symbols
+        weights = np.pad(weights, ((0, 0), (0, 1)))
+    weights[weights.sum(1) == 0, 0] = 1.0
+    weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    categorical = constriction.stream.model.Categorical
+    return [categorical(row, perfect=False) for row in weights]
+
+
+def _read_header(
+    payload: memoryview, alphabet: int, maps: _Maps
+) -> tuple[Plan, np.ndarray]:
+    """Return the plan of a coded plane and the coder's words."""
+    if len(payload) < _HEADER.size:
+        raise FrameError(f"coded plane of {len(payload)} bytes has no header")
+    context, count, *bounds, length = _HEADER.unpack_from(payload)
+    words = len(payload) - _HEADER.size - length
+    if context not in _NEIGHBOURS or context != NONE and not maps.diagonals:
+        raise FrameError(f"coded plane has the unknown context {context}")
+    if not 1 <= count <= max(_GROUPS) or words < 0 or words % 4:
+        raise FrameError(f"coded plane has {count} groups, {words} bytes of words")
+    sent = maps.channels if count > 1 else 0
+    size = sent + count * _NEIGHBOURS[context] * alphabet
+    tables = _inflate(payload[_HEADER.size :][:length], size)
+    groups = np.zeros(maps.channels, np.uint8)
+    groups[:sent] = np.frombuffer(tables, np.uint8, sent)
+    if groups.max() >= count:
+        raise FrameError(f"coded plane has channels of group {groups.max()}")
+    codes = np.frombuffer(tables, np.uint8, offset=sent).reshape(-1, alphabet)
+    plan = Plan(context, groups, tuple(bounds), codes, 0, 0)
+    return plan, np.frombuffer(payload[_HEADER.size + length :], "<u4")
+
+
+def deflate(data: memoryview) -> bytes:
+    """Compress bytes, quickly."""
+    return zstandard.ZstdCompressor(level=1).compress(data)
+
+
+def inflate(data: memoryview, size: int) -> bytes:
+    """Undo `deflate`; `FrameError` unless that gives exactly ``size`` bytes."""
+    return _inflate(data, size)
+
+
+def _inflate(data: memoryview, size: int) -> bytes:
+    try:
+        if zstandard.frame_content_size(data) != size:
+            raise FrameError(f"compressed part does not hold {size} bytes")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise FrameError(f"compressed part is broken: {error}") from error
+
+
+# --- gaps -----------------------------------------------------------------------------
+
+_GAPS = struct.Struct("<BHI")
+
+
+def encode_gaps(positions: np.ndarray, count: int) -> bytes | None:
+    """Code ascending positions by the gaps between them.
+
+    The low bits of a gap, as good as evenly distributed, are packed; what is above has
+    at most 256 values and is entropy-coded.
+
+    Parameters
+    ----------
+    positions : numpy.ndarray
+        int64, shape (k,), ascending, each less than ``count``.
+    count : int
+        Number of elements.
+
+    Returns
+    -------
+    bytes | None
+        None where gaps are too wide for it.
+    """
+    gaps = np.diff(positions, prepend=-1) - 1
+    low = max(0, int(count / len(positions)).bit_length() - 5)
+    low = max(low, int(gaps.max()).bit_length() - 8)
+    if low > 16:
+        return None
+    high = (gaps >> low).astype(np.uint8)
+    alphabet = int(high.max()) + 1
+    coded = encode_plane(high, alphabet, (len(high),))
+    rest = b""
+    if low:
+        bits = gaps & (2**low - 1)
+        dtype = torch.uint8 if low <= 8 else torch.int32
+        rest = pack_bits(torch.from_numpy(bits).to(dtype), low).numpy().tobytes()
+    return _GAPS.pack(low, alphabet, len(coded)) + coded + rest
+
+
+def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
+    """Undo `encode_gaps`.
+
+    Parameters
+    ----------
+    payload : memoryview
+        What it returned.
+    kept : int
+        Number of positions.
+    count : int
+        Number of elements.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (kept,).
+
+    Raises
+    ------
+    FrameError
+        If the positions are not as many, or not within the elements.
+    """
+    if len(payload) < _GAPS.size:
+        raise FrameError(f"coded gaps of {len(payload)} bytes have no header")
+    low, alphabet, length = _GAPS.unpack_from(payload)
+    rest = packed_size(kept, low) if 0 < low <= 16 else 0
+    sound = low <= 16 and 1 <= alphabet <= 256
+    if not sound or len(payload) != _GAPS.size + length + rest:
+        raise FrameError(f"coded gaps with {low} low bits, {len(payload)} bytes")
+    coded = payload[_GAPS.size :][:length]
+    gaps = decode_plane(coded, alphabet, (kept,)).astype(np.int64) << low
+    if low:
+        packed = to_tensor(payload[_GAPS.size + length :], torch.uint8, "cpu")
+        gaps |= unpack_bits(packed, kept, low).numpy()
+    positions = np.cumsum(gaps + 1) - 1
+    if positions[-1] >= count:
+        raise FrameError(f"coded gaps reach {positions[-1]} of {count} elements")
+    return positions
+
+
+# --- diagonals ------------------------------------------------------------------------
+
+
+def _encode_sorted(coder, rows: np.ndarray, keys: np.ndarray, models: list) -> None:
+    """Code the symbols of a diagonal, last context first."""
+    flat = keys.ravel()
+    order = np.argsort(flat, kind="stable")
+    symbols = rows.ravel()[order].astype(np.int32)
+    counts = np.bincount(flat)
+    end = len(symbols)
+    for key in np.flatnonzero(counts)[::-1].tolist():
+        start = end - int(counts[key])
+        coder.encode_reverse(symbols[start:end], models[key])
+        end = start
+
+
+def _decode_sorted(coder, keys: np.ndarray, models: list) -> np.ndarray:
+    """Return the symbols of a diagonal, in the shape of its contexts."""
+    flat = keys.ravel()
+    order = np.argsort(flat, kind="stable")
+    counts = np.bincount(flat)
+    used = np.flatnonzero(counts)
+    parts = [
+        coder.decode(models[key], count)
+        for key, count in zip(used.tolist(), counts[used].tolist(), strict=True)
+    ]
+    symbols = np.empty(len(flat), np.uint8)
+    symbols[order] = np.concatenate(parts)
+    return symbols.reshape(keys.shape)
+
+
+def _decode_maps(coder, plan: Plan, maps: _Maps, models: list) -> np.ndarray:
+    four, three = _classes(plan.bounds)
+    height, width = maps.height, maps.width
+    count = maps.batch * maps.channels
+    # Neighbours with a margin: a row above, a column on either side.
+    nearest = np.zeros((height + 1, width + 2, count), np.uint8)
+    corners = np.zeros_like(nearest)
+    decoded = np.empty((height * width, count), np.uint8)
+    offset = plan.groups.astype(np.uint16) * _NEIGHBOURS[plan.context]
+    offset = np.tile(offset, maps.batch)
+    for start, end in maps.diagonals:
+        y, x = np.divmod(maps.positions[start:end], width)
+        keys = nearest[y + 1, x] * np.uint8(4) + nearest[y, x + 1]
+        if plan.context == FINE:
+            above = corners[y, x] * np.uint8(3) + corners[y, x + 2]
+            keys = keys * np.uint8(9) + above
+        symbols = _decode_sorted(coder, keys + offset, models)
+        decoded[y * width + x] = symbols
+        nearest[y + 1, x + 1] = four[symbols]
+        corners[y + 1, x + 1] = three[symbols]
+    return np.ascontiguousarray(decoded.T).ravel()

@@ -1,0 +1,34 @@
+"""Checks of options: one line that names the option, its value and what is allowed."""
+
+from collections.abc import Sequence
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Check a share of elements that are dropped."""
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if not (number and 0 <= sparsity < 1):
+        raise ValueError(f"sparsity={sparsity!r}: must be at least 0 and less than 1")
+
+
+def check_whole(option: str, value: int, least: int, most: int) -> None:
+    """Check a whole number within bounds, both allowed."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and least <= value <= most):
+        raise ValueError(
+            f"{option}={value!r}: must be a whole number from {least} to {most}"
+        )
+
+
+def check_number(option: str, value: float, least: float, most: float) -> None:
+    """Check a number from a least on and less than a most."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and least <= value < most):
+        raise ValueError(
+            f"{option}={value!r}: must be a number from {least:g} to less than {most:g}"
+        )
+
+
+def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Check a choice among names."""
+    if value not in allowed:
+        raise ValueError(f"{option}={value!r}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,179 @@
+"""What payloads are made of: values, signs, and planes of symbols.
+
+A plane holds one small symbol for every element. It travels bit-packed, or through a
+lossless stage where that makes it smaller.
+"""
+
+import torch
+
+from masksl import entropy, wire
+from masksl.wire import FrameError
+
+VALUES = ("float32", "bfloat16", "float16")
+LOSSLESS = ("none", "fast", "context", "auto")
+
+_HALF = (torch.float16, torch.bfloat16)
+_RAW, _FAST, _CONTEXT = 0, 1, 2  # how a plane of symbols travels
+
+
+class NotFiniteError(ValueError):
+    """A tensor with values that are not finite; the text names who met them."""
+
+
+def working(flat: torch.Tensor) -> torch.Tensor:
+    """Return the elements in the type that is computed with."""
+    return flat.float() if flat.dtype in _HALF else flat
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that is computed with: float32, or float64 for float64."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def narrow(values: torch.Tensor, to: str, name: str) -> torch.Tensor:
+    """Return values in the type that they travel in.
+
+    ``float32`` keeps the tensor's own type, so that nothing is lost.
+    """
+    if to == "float32" or values.dtype in _HALF:
+        return values
+    narrowed = values.to(getattr(torch, to))
+    lost = values.numel() - int(torch.isfinite(narrowed).sum())
+    if lost:
+        raise NotFiniteError(
+            f"{name}: {lost} of {values.numel()} values are out of the range of {to}"
+        )
+    return narrowed
+
+
+def value_dtype(header: wire.Header, code: int) -> torch.dtype:
+    """Return the type that values travelled in, the tensor's own or a narrower one."""
+    dtype = wire.DTYPES.get(code)
+    narrowed = dtype in _HALF and header.dtype not in _HALF
+    if dtype is None or not (dtype == header.dtype or narrowed):
+        raise FrameError(
+            f"{header.compressor} frame holds values of dtype code {code} "
+            f"for {header.dtype}"
+        )
+    return dtype
+
+
+def read_values(
+    header: wire.Header,
+    payload: memoryview,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """Return values of the payload; they must be finite."""
+    if not wire.check_finite(payload, dtype):
+        raise FrameError(f"{header.compressor} frame holds values that are not finite")
+    return wire.to_tensor(payload, dtype, device)
+
+
+def sign_bytes(header: wire.Header, signed: int) -> int:
+    """Return the bytes of a sign bit an element, none where there are no signs."""
+    return wire.packed_size(header.elements, 1) if signed else 0
+
+
+def apply_signs(flat: torch.Tensor, signs: memoryview) -> torch.Tensor:
+    """Negate elements by a bit each."""
+    packed = wire.to_tensor(signs, torch.uint8, flat.device)
+    negative = wire.unpack_bits(packed, flat.numel(), 1).view(torch.bool)
+    return torch.where(negative, -flat, flat)
+
+
+def write_plane(
+    symbols: torch.Tensor, bits: int, shape: tuple[int, ...], lossless: str
+) -> tuple[int, wire.Part]:
+    """Return how a plane of symbols travels, and its bytes.
+
+    Parameters
+    ----------
+    symbols : torch.Tensor
+        Shape (d,), uint8 for up to eight bits, else int32.
+    bits : int
+        1 to 16.
+    shape : tuple[int, ...]
+        Shape of the tensor.
+    lossless : str
+        ``none`` packs them; ``fast`` compresses what was packed, ``context`` codes
+        symbols of up to eight bits by their neighbours, each if that is smaller;
+        ``auto`` takes the smallest of all.
+    """
+    best: tuple[int, wire.Part] = _RAW, wire.pack_bits(symbols, bits)
+    size = wire.packed_size(symbols.numel(), bits)
+    if lossless in ("fast", "auto"):
+        coded = entropy.deflate(wire.to_host(best[1]))
+        if len(coded) < size:
+            best, size = (_FAST, coded), len(coded)
+    if lossless in ("context", "auto") and bits <= 8:
+        coded = entropy.encode_plane(symbols.cpu().numpy(), 2**bits, shape)
+        if len(coded) < size:
+            best = _CONTEXT, coded
+    return best
+
+
+def read_plane(
+    header: wire.Header,
+    payload: memoryview,
+    bits: int,
+    form: int,
+    device: torch.device | str,
+    marked: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Undo `write_plane`.
+
+    Parameters
+    ----------
+    header : wire.Header
+        Header of the frame.
+    payload : memoryview
+        The plane alone.
+    bits, form : int
+        Bits of a symbol, and how the plane travels.
+    device : torch.device | str
+        Where the symbols go.
+    marked : tuple[int, int] | None
+        A symbol, and how often it must occur.
+    """
+    count = header.elements
+    size = wire.packed_size(count, bits)
+    if form == _CONTEXT and bits <= 8:
+        plane = entropy.decode_plane(payload, 2**bits, header.shape)
+        if marked is not None:
+            check_marked(header, int((plane == marked[0]).sum()), marked[1])
+        return torch.from_numpy(plane).to(device)
+    if form == _FAST:
+        payload = memoryview(entropy.inflate(payload, size))
+    elif form != _RAW:
+        raise FrameError(f"{header.compressor} frame has a plane of form {form}")
+    wire.check_payload(header, payload, size)
+    if marked is not None:
+        found = wire.count_symbols(payload, count, bits, marked[0])
+        check_marked(header, found, marked[1])
+    packed = wire.to_tensor(payload, torch.uint8, device)
+    return wire.unpack_bits(packed, count, bits)
+
+
+def check_marked(header: wire.Header, found: int, kept: int) -> None:
+    """Raise `FrameError` unless as many elements are marked as are kept."""
+    if found != kept:
+        raise FrameError(
+            f"{header.compressor} frame keeps {kept} elements but marks {found}"
+        )
+
+
+def split(
+    header: wire.Header, payload: memoryview, *sizes: int
+) -> tuple[memoryview, ...]:
+    """Cut known parts off the payload's front; the rest comes last."""
+    if len(payload) < sum(sizes):
+        raise FrameError(
+            f"{header.compressor} frame has a payload of {len(payload)} bytes, "
+            f"its header implies {sum(sizes)} and more"
+        )
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(payload[start : start + size])
+        start += size
+    return (*parts, payload[start:])

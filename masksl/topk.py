@@ -1,0 +1,106 @@
+"""Which elements are kept: exact selection, ties to the lower index, no full sort."""
+
+from decimal import ROUND_FLOOR, Decimal
+
+import numpy as np
+import torch
+
+
+def kept(sparsity: float, count: int) -> int:
+    """Return k = floor((1 - sparsity) * count), at least 1, in decimal arithmetic."""
+    exact = (1 - Decimal(str(sparsity))) * count
+    return max(1, int(exact.to_integral_value(ROUND_FLOOR)))
+
+
+def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the positions of the k largest elements of every row.
+
+    Parameters
+    ----------
+    magnitude : torch.Tensor
+        Shape (rows, n), not negative, contiguous.
+    k : int
+        1 to n. Of equal elements those of lower index are taken.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape (rows * k,): ascending positions in the flat tensor.
+    """
+    rows, count = magnitude.shape
+    if rows == 1:
+        smallest = _kth_largest(magnitude.view(-1), k).view(1, 1)
+    else:
+        smallest = magnitude.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    candidates = positions((magnitude >= smallest).view(-1))
+    if candidates.numel() == rows * k:
+        return candidates
+    # Ties at the smallest: of every row, those of the highest index are too many.
+    row = candidates // count
+    tied = magnitude.view(-1)[candidates] == smallest.view(-1)[row]
+    surplus = torch.bincount(row, minlength=rows) - k
+    ties = torch.bincount(row, tied.to(torch.float64), minlength=rows).long()
+    before = tied.cumsum(0) - (ties.cumsum(0) - ties)[row]  # ties so far, own included
+    return candidates[~tied | (before <= (ties - surplus)[row])]
+
+
+def draw(
+    magnitude: torch.Tensor, k: int, outside: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw k positions of every row without replacement, mostly among its k largest.
+
+    An element of the k largest has the weight (1 - outside) / k, any other
+    outside / (n - k). An exponential race (the smallest of E / weight win) draws from
+    these as one draw after the other would, for any n.
+
+    Parameters
+    ----------
+    magnitude : torch.Tensor
+        Shape (rows, n), not negative, contiguous.
+    k : int
+        1 to n.
+    outside : float
+        Weight of all elements outside the k largest, from 0 to less than 1.
+    generator : torch.Generator
+        On the device of ``magnitude``.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape (rows * k,): ascending positions in the flat tensor.
+    """
+    count = magnitude.shape[1]
+    top = largest(magnitude, k)
+    if outside == 0 or k == count:
+        return top
+    arrival = torch.empty_like(magnitude, dtype=torch.float32)
+    arrival.exponential_(generator=generator)
+    speed = outside * k / ((1 - outside) * (count - k))  # of the others, top has 1
+    arrival.view(-1)[top] *= speed
+    arrival.clamp_(min=torch.finfo(torch.float32).tiny)
+    return largest(arrival.reciprocal_(), k)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return where a flat bool tensor is true, int64, ascending."""
+    if mask.device.type == "cpu":  # NumPy is several times as fast here
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().view(-1)
+
+
+def _kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the k-th largest element, shape ().
+
+    A sample gives a threshold below which it cannot well lie; the exact choice is then
+    made among the few elements above. Where fewer than k are, all are looked at.
+    """
+    stride = values.numel() // 2**15
+    if stride > 1 and 8 * k < values.numel():
+        sample = values[::stride]
+        expected = k / stride
+        rank = int(expected + 4 * expected**0.5) + 4
+        guess = sample.topk(min(rank, sample.numel())).values[-1]
+        candidates = values[positions(values >= guess)]
+        if candidates.numel() >= k:
+            values = candidates
+    return values.topk(k, sorted=False).values.amin()
