@@ -19,7 +19,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ __all__ = [
 
 
 Shape = tuple[int, ...]
-Device = torch.device | str
+Device: TypeAlias = torch.device | str
 Packed = tuple[bytes, Sequence[wire.Part]]
 
 Class = TypeVar("Class", bound="type[Compressor]")
@@ -964,7 +964,7 @@ class EntropyCodedQuantization(Compressor):
                 scalar.search(lambda w: sample.error(at(w)), target, bounds, True)
             )
         # What a few samples cost is found quickly; what that is off by, once.
-        part, part_shape = _some_samples(magnitude, shape, 2**18)
+        part, part_shape = scalar.some_samples(magnitude, shape, 2**18)
         count = magnitude.numel()
 
         def estimate(step: float) -> float:
@@ -990,16 +990,3 @@ class EntropyCodedQuantization(Compressor):
         signs = float((plane > 0).mean()) if signed else 0.0
         exact = 32 * float((plane == scalar.Quantizer.LAST).mean())
         return plan.bits / plane.size + signs + exact + beside / count
-
-
-def _some_samples(magnitude: Tensor, shape: Shape, size: int) -> tuple[Tensor, Shape]:
-    """Return samples spread over the batch, about ``size`` elements, and their shape.
-
-    What is no batch of maps comes back whole.
-    """
-    if len(shape) < 4:
-        return magnitude, shape
-    rows = shape[0]
-    some = max(1, min(rows, rows * size // magnitude.numel()))
-    spread = torch.arange(some, device=magnitude.device) * rows // some
-    return magnitude.view(rows, -1)[spread].view(-1), (some, *shape[1:])

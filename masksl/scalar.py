@@ -111,3 +111,18 @@ def search(
         else:
             low = middle
     return math.exp(low if rising else high)
+
+
+def some_samples(
+    magnitude: torch.Tensor, shape: tuple[int, ...], size: int
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return samples spread over the batch, about ``size`` elements, and their shape.
+
+    What is no batch of maps comes back whole.
+    """
+    if len(shape) < 4:
+        return magnitude, shape
+    rows = shape[0]
+    some = max(1, min(rows, rows * size // magnitude.numel()))
+    spread = torch.arange(some, device=magnitude.device) * rows // some
+    return magnitude.view(rows, -1)[spread].view(-1), (some, *shape[1:])

@@ -337,9 +337,10 @@ class SplitLearning(Strategy):
             activation = decode(frame, device=self.server.device)
             expected = self.activation_shape
             if activation.shape[1:] != expected or activation.dtype != torch.float32:
+                sizes = ", ".join(map(str, expected))
                 raise FrameError(
                     f"activation of shape {tuple(activation.shape)}, "
-                    f"{activation.dtype}, expected (n, {str(expected)[1:-1]}), float32"
+                    f"{activation.dtype}, expected (n, {sizes}), float32"
                 )
             labels = messages.labels_of(content, self.classes, len(activation))
             return activation, labels.to(self.server.device)

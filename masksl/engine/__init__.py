@@ -1,15 +1,16 @@
 """Where the Flower apps run: engines behind one function, `run`."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from flwr.serverapp import ServerApp
 
-from masksl.engine.error import EngineError
-
-__all__ = ["ENGINES", "EngineError", "run"]
-
 ENGINES = ("flower", "local")
+
+
+class EngineError(RuntimeError):
+    """An engine that failed; one line says how."""
 
 
 def run(
@@ -41,14 +42,8 @@ def run(
     Exception
         What the ServerApp raised.
     """
-    # Imported here, so that the local engine never loads Ray.
-    if name == "local":
-        from masksl.engine import local  # pylint: disable=import-outside-toplevel
-
-        local.run(build, client_app, clients=clients)
-    elif name == "flower":
-        from masksl.engine import flower  # pylint: disable=import-outside-toplevel
-
-        flower.run(build, client_app, clients=clients, options=options)
-    else:
+    if name not in ENGINES:
         raise ValueError(f"engine.name={name!r}: must be one of {', '.join(ENGINES)}")
+    # Imported by name, so that the local engine never loads Ray.
+    chosen = import_module(f"masksl.engine.{name}")
+    chosen.run(build, client_app, clients=clients, options=options)

@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.serverapp import ServerApp
 
-from masksl.engine.error import EngineError
+from masksl.engine import EngineError
 
 GRACE = 10.0  # seconds that the child has to end once it has reported
 SHOW_CURSOR = "\x1b[?25h"

@@ -1,9 +1,10 @@
 """Engine `local`: the ServerApp and every client in this process, one after another."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from traceback import format_exception_only
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -121,8 +122,18 @@ def open_grid(client_app: ClientApp, clients: int) -> LocalGrid:
     return LocalGrid(client_app, clients, run_id)
 
 
-def run(build: Callable[[], ServerApp], client_app: str, *, clients: int) -> None:
-    """Run a ServerApp with so many clients; see `masksl.engine.run`."""
+def run(
+    build: Callable[[], ServerApp],
+    client_app: str,
+    *,
+    clients: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Run a ServerApp with so many clients; see `masksl.engine.run`.
+
+    There are no options.
+    """
+    del options
     module, _, attribute = client_app.partition(":")
     grid = open_grid(getattr(import_module(module), attribute), clients)
     context = Context(
