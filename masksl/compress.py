@@ -96,7 +96,7 @@ class Compressor(ABC):
         if tensor.numel() == 0:
             raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
         flat = wire.flatten(tensor)
-        _check_finite(flat, self.name)
+        planes.check_finite(flat, self.name)
         shape = tuple(tensor.shape)
         params, parts = self.pack(flat, shape, seed=seed, training=training)
         header = Header(self.name, tensor.dtype, shape, params)
@@ -236,19 +236,8 @@ def decode(
 
 # --- what the compressors share -------------------------------------------------------
 
+_BLOCK = 2**15  # elements that are worked on together, so that they stay in the cache
 _SCOPES = ("tensor", "sample")
-
-
-def _check_finite(flat: Tensor, name: str) -> None:
-    # A sum is finite only if every term is; it is far cheaper than looking at each.
-    # Large finite values can overflow it, so that only the slow count decides.
-    total = flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else None)
-    if not torch.isfinite(total):
-        bad = flat.numel() - int(torch.isfinite(flat).sum())
-        if bad:
-            raise NotFiniteError(
-                f"{name}: {bad} of {flat.numel()} values are not finite"
-            )
 
 
 def _rows(shape: Shape, scope: str) -> int:
@@ -772,11 +761,20 @@ class MaskSparsification(Compressor):
         that are not kept.
         """
         top = 2**self.bits - 1
-        level = (magnitude / smallest.masked_fill(smallest == 0, 1)).mul_(top)
-        if self.rounding == "nearest":
-            level.round_()
-        # Values narrowed to 16 bits can put t below elements that are not kept.
-        return level.clamp_(max=top - 1).to(torch.uint8).view(-1)
+        divisor = smallest.masked_fill(smallest == 0, 1)
+        symbols = torch.empty_like(magnitude, dtype=torch.uint8)
+        blocks = [(magnitude, symbols)]
+        if len(divisor) == 1 and magnitude.device.type == "cpu":
+            divisor = divisor.view(())
+            whole = (magnitude.view(-1), symbols.view(-1))
+            blocks = list(zip(*(part.split(_BLOCK) for part in whole), strict=True))
+        for block, out in blocks:
+            level = (block / divisor).mul_(top)
+            if self.rounding == "nearest":
+                level.round_()
+            # Values narrowed to 16 bits can put t below elements that are not kept.
+            out.copy_(level.clamp_(max=top - 1))
+        return symbols.view(-1)
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -942,10 +940,11 @@ class EntropyCodedQuantization(Compressor):
     ) -> scalar.Quantizer:
         """Return the quantiser that step, bits or error asks for."""
         largest = magnitude.amax().item()
-        deviation = work.double().std(correction=0).item() if work.numel() > 1 else 0.0
-        unit = deviation or largest or 1.0
+        unit = largest or 1.0
         least = torch.finfo(work.dtype).tiny
-        bounds = math.log(unit * 1e-4), math.log(max(largest, unit) * 4)
+        if self.step is not None and work.numel() > 1:
+            unit = work.std(correction=0).item() or unit
+        bounds = math.log((largest or 1.0) * 1e-6), math.log((largest or 1.0) * 4)
         sample = scalar.Sample.of(magnitude, 2**17, signed)
         deadzone = self.deadzone
         if deadzone is None:

@@ -17,10 +17,12 @@ size    type  field
 ======  ====  ==========================================================
 1       u8    context: 0 none, 1 left and above, 2 all four neighbours
 1       u8    number of channel groups
+1       u8    number of tables
 3, 2    u8    least symbols of neighbour classes 1, 2, 3; of classes 1, 2
 4       u32   length of the tables
-        zstd  tables, a byte a symbol, -16 log2 of its probability; before them, with
-              more than one group, the group of every channel
+        zstd  with more than one group, the group of every channel; for every group
+              and context, its table; the tables, a byte a symbol, -16 log2 of its
+              probability
         u32s  the coder's words
 ======  ====  ==========================================================
 """
@@ -39,10 +41,13 @@ from masksl.wire import FrameError, pack_bits, packed_size, to_tensor, unpack_bi
 
 NONE, COARSE, FINE = 0, 1, 2  # contexts of a plane
 _NEIGHBOURS = {NONE: 1, COARSE: 16, FINE: 144}
-_HEADER = struct.Struct("<BB3B2BI")
+_HEADER = struct.Struct("<BBB3B2BI")
 _UNIT = 16  # steps of the probability code per factor of two
 _TABLE_BITS = 6.0  # about what an entry of a table costs, compressed
+_LINK_BITS = 5.0  # about what naming the table of a context costs, likewise
 _GROUPS = (1, 2, 4, 8)
+_TABLES = 64  # at most
+_FEWER_TABLES = (8, 24)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,10 @@ class Plan:
         uint8, shape (C,): the group of every channel.
     bounds : tuple[int, ...]
         Least symbols of the neighbour classes 1, 2, 3 of four, and 1, 2 of three.
+    links : numpy.ndarray
+        uint8, shape (groups x contexts,): the table of each.
     codes : numpy.ndarray
-        uint8, shape (groups x contexts, alphabet): the tables as they are sent.
+        uint8, shape (tables, alphabet): the tables as they are sent.
     bits : float
         Empirical entropy of the symbols given their contexts, in bits.
     side_bits : float
@@ -68,6 +75,7 @@ class Plan:
     context: int
     groups: np.ndarray
     bounds: tuple[int, ...]
+    links: np.ndarray
     codes: np.ndarray
     bits: float
     side_bits: float
@@ -76,6 +84,11 @@ class Plan:
     def total(self) -> float:
         """Estimated size in bits."""
         return self.bits + self.side_bits
+
+    def offset(self, maps: "_Maps") -> np.ndarray:
+        """Return the first table of every map's channel, uint16, shape (B C,)."""
+        first = self.groups.astype(np.uint16) * _NEIGHBOURS[self.context]
+        return np.tile(first, maps.batch)
 
 
 def encode_plane(
@@ -99,23 +112,28 @@ def encode_plane(
     bytes
         The coded plane; `decode_plane` needs alphabet and shape again.
     """
-    maps = _Maps.of(shape)
     plan = plan or make_plan(symbols, alphabet, shape)
     models = _models(plan.codes)
     coder = constriction.stream.stack.AnsCoder()
     if plan.context == NONE:
         coder.encode_reverse(symbols.astype(np.int32), models[0])
     else:
-        keys = _keys(maps.grid(symbols), plan)
-        rows, key_rows = maps.diagonal_rows(symbols), maps.diagonal_rows(keys.ravel())
+        maps = _Maps.of(shape)
+        rows = maps.rows(symbols)
+        contexts = _contexts(rows, maps, plan.bounds)
+        if plan.context == COARSE:
+            contexts //= 9
+        offset = plan.offset(maps)
         for start, end in reversed(maps.diagonals):
-            _encode_sorted(coder, rows[start:end], key_rows[start:end], models)
-    tables = plan.codes.tobytes()
-    if plan.groups.max() > 0:
-        tables = plan.groups.tobytes() + tables
-    packed = zstandard.ZstdCompressor(level=9).compress(tables)
+            chosen = maps.positions[start:end]
+            tables = plan.links[contexts[chosen] + offset]
+            _encode_sorted(coder, rows[chosen], tables, models)
     count = int(plan.groups.max()) + 1
-    header = _HEADER.pack(plan.context, count, *plan.bounds, len(packed))
+    sent = [plan.groups] if count > 1 else []
+    side = b"".join(part.tobytes() for part in (*sent, plan.links, plan.codes))
+    packed = zstandard.ZstdCompressor(level=9).compress(side)
+    counts = count, len(plan.codes)
+    header = _HEADER.pack(plan.context, *counts, *plan.bounds, len(packed))
     return header + packed + coder.get_compressed().astype("<u4").tobytes()
 
 
@@ -180,15 +198,16 @@ def make_plan(
     best = _plan(NONE, groups, bounds, counts[None])
     if not (spatial and maps.height > 1 and maps.width > 1):
         return best
-    fine = Plan(FINE, groups, bounds, counts[None], 0, 0)
-    keys = _keys(maps.grid(symbols), fine).astype(np.int32)
     # Tables that few symbols would share cannot pay: channels are then all alike.
     size = _NEIGHBOURS[FINE] * alphabet
     channels = maps.channels if maps.channels * size <= symbols.size else 1
-    keys += np.arange(maps.channels, dtype=np.int32)[:, None, None] % channels * 144
-    cells = (keys * alphabet).ravel() + symbols
-    joint = np.bincount(cells, minlength=channels * size)
-    joint = joint.reshape((channels, 144, alphabet))
+    rows = maps.rows(symbols)
+    channel = np.arange(maps.channels, dtype=np.uint32) % channels * size
+    cells = _contexts(rows, maps, bounds) * np.uint32(alphabet)
+    cells += np.tile(channel, maps.batch)
+    cells += rows
+    joint = np.bincount(cells.ravel(), minlength=channels * size)
+    joint = joint.reshape((channels, 144, alphabet)).astype(np.float64)
     coarse = joint.reshape((channels, 16, 9, alphabet)).sum(2)
     for context, tables in ((COARSE, coarse), (FINE, joint)):
         so_far = math.inf
@@ -200,7 +219,20 @@ def make_plan(
                 plan = replace(plan, groups=groups)
             so_far = plan.total
             best = min(best, plan, key=lambda p: p.total)
+    if best.context != NONE:
+        best = _with_fewer_tables(best, coarse if best.context == COARSE else joint)
     return best
+
+
+def _with_fewer_tables(plan: Plan, counts: np.ndarray) -> Plan:
+    """Return the plan with as many tables as pay, for counts by channel."""
+    groups = plan.groups[: len(counts)]  # one, where channels were not told apart
+    merged = _sum_by(groups, counts, int(groups.max()) + 1)
+    flat = merged.reshape(-1, counts.shape[2])
+    for tables in _FEWER_TABLES:
+        fewer = _plan(plan.context, plan.groups, plan.bounds, flat, tables)
+        plan = min(plan, fewer, key=lambda p: p.total)
+    return plan
 
 
 # --- contexts and tables --------------------------------------------------------------
@@ -236,14 +268,9 @@ class _Maps:
         )
         return _Maps(batch, channels, height, width, positions, bounds)
 
-    def grid(self, flat: np.ndarray) -> np.ndarray:
-        """Return flat elements as (B, C, H, W)."""
-        return flat.reshape(self.batch, self.channels, self.height, self.width)
-
-    def diagonal_rows(self, flat: np.ndarray) -> np.ndarray:
-        """Return flat elements as (H W, B C), rows in coding order."""
-        area = self.height * self.width
-        return np.ascontiguousarray(flat.reshape(-1, area).T)[self.positions]
+    def rows(self, flat: np.ndarray) -> np.ndarray:
+        """Return flat elements as (H W, B C): a row is one position in all maps."""
+        return np.ascontiguousarray(flat.reshape(-1, self.height * self.width).T)
 
 
 def _class_bounds(counts: np.ndarray, classes: int) -> list[int]:
@@ -261,44 +288,99 @@ def _class_bounds(counts: np.ndarray, classes: int) -> list[int]:
     return bounds
 
 
-def _classes(bounds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return look-up tables from symbol to one of four, one of three classes."""
+def _classes(bounds: tuple[int, ...]) -> np.ndarray:
+    """Return the neighbour classes of every symbol, uint8, shape (256,).
+
+    The lower two bits are the class of four, the upper two that of three.
+    """
     symbols = np.arange(256)[:, None]
     four = (symbols >= np.array(bounds[:3])).sum(1, dtype=np.uint8)
     three = (symbols >= np.array(bounds[3:])).sum(1, dtype=np.uint8)
-    return four, three
+    return four | three << 2
 
 
-def _keys(grid: np.ndarray, plan: Plan) -> np.ndarray:
-    """Return the table of every symbol, uint16, shape (B, C, H, W)."""
-    four, three = _classes(plan.bounds)
-    batch, channels, height, width = grid.shape
-    padded = np.zeros((batch, channels, height + 1, width + 2), np.uint8)
-    padded[:, :, 1:, 1:-1] = four[grid]
-    left, above = padded[:, :, 1:, :-2], padded[:, :, :-1, 1:-1]
-    context = left * np.uint8(4) + above
-    if plan.context == FINE:
-        padded = np.zeros((batch, channels, height + 1, width + 2), np.uint8)
-        padded[:, :, 1:, 1:-1] = three[grid]
-        corners = padded[:, :, :-1, :-2] * np.uint8(3) + padded[:, :, :-1, 2:]
-        context = context * np.uint8(9) + corners
-    offset = plan.groups.astype(np.uint16) * _NEIGHBOURS[plan.context]
-    return context + offset[:, None, None]
+def _context_of(
+    left: np.ndarray, above: np.ndarray, corners: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return the fine context, 0 to 143, of elements from their neighbours' classes."""
+    context = (left & 3) * np.uint8(36)
+    context += (above & 3) * np.uint8(9)
+    context += (corners[0] >> 2) * np.uint8(3)
+    context += corners[1] >> 2
+    return context
+
+
+def _contexts(rows: np.ndarray, maps: "_Maps", bounds: tuple[int, ...]) -> np.ndarray:
+    """Return the fine context of every symbol, uint8, in rows as they are."""
+    height, width = maps.height, maps.width
+    padded = np.zeros((height + 1, width + 2, rows.shape[1]), np.uint8)
+    padded[1:, 1:-1] = _classes(bounds)[rows].reshape(height, width, -1)
+    corners = padded[:-1, :-2], padded[:-1, 2:]
+    return _context_of(padded[1:, :-2], padded[:-1, 1:-1], corners).reshape(rows.shape)
 
 
 def _plan(
-    context: int, groups: np.ndarray, bounds: tuple[int, ...], counts: np.ndarray
+    context: int,
+    groups: np.ndarray,
+    bounds: tuple[int, ...],
+    counts: np.ndarray,
+    tables: int = _TABLES,
 ) -> Plan:
-    """Return the plan of these tables of counts, shape (tables, alphabet)."""
-    totals = counts.sum(1, keepdims=True)
+    """Return the plan for the counts of contexts, shape (contexts, alphabet)."""
+    links = _link(counts, tables)
+    merged = _sum_by(links, counts, int(links.max()) + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        cost = -np.log2(counts / totals)  # inf for unseen symbols, nan for no symbols
-    seen = counts > 0
-    bits = float((counts[seen] * cost[seen]).sum())
-    codes = np.full(counts.shape, 255, np.uint8)
+        cost = -np.log2(merged / merged.sum(1, keepdims=True))  # inf for unseen ones
+    seen = merged > 0
+    bits = float((merged[seen] * cost[seen]).sum())
+    codes = np.full(merged.shape, 255, np.uint8)
     codes[seen] = np.minimum(np.rint(_UNIT * cost[seen]), 254)
-    side = _TABLE_BITS * int(seen.sum()) + 8 * (len(groups) * bool(groups.max()) + 25)
-    return Plan(context, groups, bounds, codes, bits, side)
+    side = _TABLE_BITS * int(seen.sum()) + _LINK_BITS * (len(links) - 1)
+    side += 8 * (len(groups) * bool(groups.max()) + 25)
+    return Plan(context, groups, bounds, links, codes, bits, side)
+
+
+def _sum_by(labels: np.ndarray, counts: np.ndarray, number: int) -> np.ndarray:
+    """Return the sums of rows of one label, float64, shape (number, ...)."""
+    member = np.zeros((number, len(labels)))
+    member[labels, np.arange(len(labels))] = 1
+    flat = member @ counts.reshape(len(labels), -1)
+    return flat.reshape(number, *counts.shape[1:])
+
+
+def _link(counts: np.ndarray, tables: int) -> np.ndarray:
+    """Let contexts that are alike share a table; deterministic.
+
+    Parameters
+    ----------
+    counts : numpy.ndarray
+        Shape (contexts, alphabet).
+    tables : int
+        At most so many tables.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, shape (contexts,): the table of each, numbered without gaps.
+    """
+    contexts, alphabet = counts.shape
+    if contexts <= tables:
+        return np.arange(contexts, dtype=np.uint8)
+    mass = counts.sum(1)
+    mean = (counts @ np.arange(alphabet)) / np.maximum(mass, 1)
+    order = np.argsort(mean, kind="stable")
+    half = mass + mass.sum() / contexts  # by mass and by number
+    rank = np.cumsum(half[order])
+    links = np.empty(contexts, np.uint8)
+    links[order] = np.minimum(rank * tables / rank[-1], tables - 1)
+    for _ in range(5):
+        merged = _sum_by(links, counts, tables) + 0.05
+        lengths = -np.log2(merged / merged.sum(1, keepdims=True))
+        nearest = (counts @ lengths.T).argmin(1).astype(np.uint8)
+        if np.array_equal(nearest, links):
+            break
+        links = nearest
+    return np.unique(links, return_inverse=True)[1].astype(np.uint8)
 
 
 def _grouped(
@@ -306,8 +388,7 @@ def _grouped(
 ) -> Plan:
     """Return the plan with channels in at most so many groups."""
     groups = _cluster(tables, count)
-    merged = np.zeros((int(groups.max()) + 1, *tables.shape[1:]), np.int64)
-    np.add.at(merged, groups, tables)
+    merged = _sum_by(groups, tables, int(groups.max()) + 1)
     return _plan(context, groups, bounds, merged.reshape(-1, tables.shape[2]))
 
 
@@ -329,9 +410,7 @@ def _cluster(tables: np.ndarray, count: int) -> np.ndarray:
         return groups
     flat = tables.reshape(channels, -1).astype(np.float64)
     for _ in range(6):
-        merged = np.zeros((count, *tables.shape[1:]))
-        np.add.at(merged, groups, tables)
-        merged += 0.1
+        merged = _sum_by(groups, tables, count) + 0.1
         lengths = -np.log2(merged / merged.sum(2, keepdims=True)).reshape(count, -1)
         nearest = (flat @ lengths.T).argmin(1).astype(np.uint8)
         if np.array_equal(nearest, groups):
@@ -357,21 +436,23 @@ def _read_header(
     """Return the plan of a coded plane and the coder's words."""
     if len(payload) < _HEADER.size:
         raise FrameError(f"coded plane of {len(payload)} bytes has no header")
-    context, count, *bounds, length = _HEADER.unpack_from(payload)
+    context, count, tables, *bounds, length = _HEADER.unpack_from(payload)
     words = len(payload) - _HEADER.size - length
     if context not in _NEIGHBOURS or context != NONE and not maps.diagonals:
         raise FrameError(f"coded plane has the unknown context {context}")
     if not 1 <= count <= max(_GROUPS) or words < 0 or words % 4:
         raise FrameError(f"coded plane has {count} groups, {words} bytes of words")
     sent = maps.channels if count > 1 else 0
-    size = sent + count * _NEIGHBOURS[context] * alphabet
-    tables = _inflate(payload[_HEADER.size :][:length], size)
+    links = count * _NEIGHBOURS[context]
+    size = sent + links + tables * alphabet
+    side = np.frombuffer(_inflate(payload[_HEADER.size :][:length], size), np.uint8)
     groups = np.zeros(maps.channels, np.uint8)
-    groups[:sent] = np.frombuffer(tables, np.uint8, sent)
-    if groups.max() >= count:
-        raise FrameError(f"coded plane has channels of group {groups.max()}")
-    codes = np.frombuffer(tables, np.uint8, offset=sent).reshape(-1, alphabet)
-    plan = Plan(context, groups, tuple(bounds), codes, 0, 0)
+    groups[:sent] = side[:sent]
+    linked = side[sent : sent + links]
+    if groups.max() >= count or linked.max() >= tables:
+        raise FrameError("coded plane names groups or tables that it does not have")
+    codes = side[sent + links :].reshape(tables, alphabet)
+    plan = Plan(context, groups, tuple(bounds), linked, codes, 0, 0)
     return plan, np.frombuffer(payload[_HEADER.size + length :], "<u4")
 
 
@@ -418,7 +499,7 @@ def encode_gaps(positions: np.ndarray, count: int) -> bytes | None:
         None where gaps are too wide for it.
     """
     gaps = np.diff(positions, prepend=-1) - 1
-    low = max(0, int(count / len(positions)).bit_length() - 5)
+    low = min(16, max(0, int(count / len(positions)).bit_length() - 3))
     low = max(low, int(gaps.max()).bit_length() - 8)
     if low > 16:
         return None
@@ -505,23 +586,20 @@ def _decode_sorted(coder, keys: np.ndarray, models: list) -> np.ndarray:
 
 
 def _decode_maps(coder, plan: Plan, maps: _Maps, models: list) -> np.ndarray:
-    four, three = _classes(plan.bounds)
-    height, width = maps.height, maps.width
+    classes = _classes(plan.bounds)
+    width, offset = maps.width, plan.offset(maps)
     count = maps.batch * maps.channels
-    # Neighbours with a margin: a row above, a column on either side.
-    nearest = np.zeros((height + 1, width + 2, count), np.uint8)
-    corners = np.zeros_like(nearest)
-    decoded = np.empty((height * width, count), np.uint8)
-    offset = plan.groups.astype(np.uint16) * _NEIGHBOURS[plan.context]
-    offset = np.tile(offset, maps.batch)
+    # Classes with a margin: a row above, a column on either side.
+    padded = np.zeros((maps.height + 1, width + 2, count), np.uint8)
+    decoded = np.empty((maps.height * width, count), np.uint8)
     for start, end in maps.diagonals:
-        y, x = np.divmod(maps.positions[start:end], width)
-        keys = nearest[y + 1, x] * np.uint8(4) + nearest[y, x + 1]
-        if plan.context == FINE:
-            above = corners[y, x] * np.uint8(3) + corners[y, x + 2]
-            keys = keys * np.uint8(9) + above
-        symbols = _decode_sorted(coder, keys + offset, models)
-        decoded[y * width + x] = symbols
-        nearest[y + 1, x + 1] = four[symbols]
-        corners[y + 1, x + 1] = three[symbols]
+        positions = maps.positions[start:end]
+        y, x = np.divmod(positions, width)
+        corners = padded[y, x], padded[y, x + 2]
+        contexts = _context_of(padded[y + 1, x], padded[y, x + 1], corners)
+        if plan.context == COARSE:
+            contexts //= 9
+        symbols = _decode_sorted(coder, plan.links[contexts + offset], models)
+        decoded[positions] = symbols
+        padded[y + 1, x + 1] = classes[symbols]
     return np.ascontiguousarray(decoded.T).ravel()

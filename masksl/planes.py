@@ -20,6 +20,19 @@ class NotFiniteError(ValueError):
     """A tensor with values that are not finite; the text names who met them."""
 
 
+def check_finite(flat: torch.Tensor, name: str) -> None:
+    """Raise `NotFiniteError` unless all elements are finite."""
+    # A sum is finite only if every term is; it is far cheaper than looking at each.
+    # Large finite values can overflow it, so that only the slow count decides.
+    total = flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else None)
+    if not torch.isfinite(total):
+        bad = flat.numel() - int(torch.isfinite(flat).sum())
+        if bad:
+            raise NotFiniteError(
+                f"{name}: {bad} of {flat.numel()} values are not finite"
+            )
+
+
 def working(flat: torch.Tensor) -> torch.Tensor:
     """Return the elements in the type that is computed with."""
     return flat.float() if flat.dtype in _HALF else flat

@@ -1,5 +1,6 @@
 """Which elements are kept: exact selection, ties to the lower index, no full sort."""
 
+import math
 from decimal import ROUND_FLOOR, Decimal
 
 import numpy as np
@@ -29,10 +30,10 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     """
     rows, count = magnitude.shape
     if rows == 1:
-        smallest = _kth_largest(magnitude.view(-1), k).view(1, 1)
+        candidates, smallest = _at_least_kth(magnitude.view(-1), k)
     else:
         smallest = magnitude.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    candidates = positions((magnitude >= smallest).view(-1))
+        candidates = positions((magnitude >= smallest).view(-1))
     if candidates.numel() == rows * k:
         return candidates
     # Ties at the smallest: of every row, those of the highest index are too many.
@@ -88,19 +89,24 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return mask.nonzero().view(-1)
 
 
-def _kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k-th largest element, shape ().
+def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where values are at least the k-th largest, and that one, shape ().
 
     A sample gives a threshold below which it cannot well lie; the exact choice is then
     made among the few elements above. Where fewer than k are, all are looked at.
     """
     stride = values.numel() // 2**15
+    while math.gcd(stride, values.numel()) > 1:  # not the same column of every map
+        stride += 1
     if stride > 1 and 8 * k < values.numel():
         sample = values[::stride]
         expected = k / stride
         rank = int(expected + 4 * expected**0.5) + 4
         guess = sample.topk(min(rank, sample.numel())).values[-1]
-        candidates = values[positions(values >= guess)]
+        candidates = positions(values >= guess)
         if candidates.numel() >= k:
-            values = candidates
-    return values.topk(k, sorted=False).values.amin()
+            above = values[candidates]
+            smallest = above.topk(k, sorted=False).values.amin()
+            return candidates[above >= smallest], smallest
+    smallest = values.topk(k, sorted=False).values.amin()
+    return positions(values >= smallest), smallest

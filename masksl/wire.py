@@ -28,6 +28,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -47,6 +48,8 @@ Part: TypeAlias = torch.Tensor | bytes
 
 _FIXED = struct.Struct("<4sBBBB8sIQ")
 _CHECKSUM = slice(16, 20)
+# Symbols of so many bits fill a byte; those of one byte, a byte each, are a word.
+_WHOLE = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 _CHUNK = 2**17  # symbols looked at together: 128 KiB, a whole number of bytes packed
 
 
@@ -275,6 +278,13 @@ def pack_bits(symbols: torch.Tensor, bits: int) -> torch.Tensor:
     count = symbols.numel()
     if count % 8:
         symbols = torch.nn.functional.pad(symbols, (0, -count % 8))
+    if bits in _WHOLE:  # a word of as many symbols as fill a byte ends up in that byte
+        words = symbols.view(_WHOLE[bits])
+        width = 8
+        while width < 64 // bits:
+            words = words | words >> (width - bits * width // 8)
+            width *= 2
+        return words.to(torch.uint8)[: packed_size(count, bits)]
     words = symbols.view(torch.int64)
     for width in (8, 16, 32):  # bits used of each `width`; of each pair, side by side
         used = bits * width // 8
@@ -306,6 +316,9 @@ def unpack_bits(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
         return high << 8 | packed[:count]
     if bits == 8:
         return packed
+    if bits in _WHOLE and packed.device.type == "cpu":
+        spread = _spread_table(bits)[packed.numpy()]
+        return torch.from_numpy(spread.view(np.uint8))[:count]
     groups = (count + 7) // 8
     octets = packed.new_zeros((groups, 8))
     whole = packed.numel() // bits
@@ -339,8 +352,16 @@ def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> in
     int
         How often it occurs; under 1 MiB is allocated.
     """
-    found = 0
-    for start in range(0, count, _CHUNK):
+    found = done = 0
+    if bits in (1, 2, 4, 8) and symbol == 2**bits - 1:  # all bits of a field are one
+        done = count * bits // 64 * 64 // bits
+        for words in _pieces(payload[: done * bits // 8]):
+            ones = words.copy()
+            for shift in (1, 2, 4)[: bits.bit_length() - 1]:
+                ones &= ones >> np.uint64(shift)
+            ones &= np.uint64(_fields(1, bits))
+            found += int(np.bitwise_count(ones).sum())
+    for start in range(done, count, _CHUNK):
         size = min(_CHUNK, count - start)
         part = payload[start * bits // 8 :][: packed_size(size, bits)]
         symbols = unpack_bits(to_tensor(part, torch.uint8, "cpu"), size, bits)
@@ -378,6 +399,22 @@ def chunks(payload: memoryview, dtype: str) -> Iterator[np.ndarray]:
     step = _CHUNK // array.itemsize
     for start in range(0, len(array), step):
         yield array[max(start - 1, 0) : start + step]
+
+
+def _pieces(payload: memoryview) -> Iterator[np.ndarray]:
+    """Yield the payload as 64-bit words, 128 KiB at a time."""
+    words = np.frombuffer(payload, "<u8") if payload else np.empty(0, np.uint64)
+    for start in range(0, len(words), _CHUNK // 8):
+        yield words[start : start + _CHUNK // 8]
+
+
+@lru_cache(maxsize=4)
+def _spread_table(bits: int) -> np.ndarray:
+    """Return for every packed byte its 8 / bits symbols, a byte each, as one word."""
+    count = 8 // bits
+    packed = np.arange(256)[:, None]
+    symbols = packed >> (bits * np.arange(count)) & (2**bits - 1)
+    return symbols.astype(np.uint8).view(f"<u{count}").ravel()
 
 
 def _checksum(fields: memoryview) -> int:

@@ -93,6 +93,12 @@ def toy_data() -> Iterator[None]:
     del dataset.DATASETS["toy"]
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Let every test draw the same numbers whenever it runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Return the folder of real CIFAR and MNIST that MASKSL_DATA names, else skip."""

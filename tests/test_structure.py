@@ -32,6 +32,8 @@ IMPORTS = {
         *("compress", "config", "console", "dataset", "halves", "ledger"),
         *("messages", "model", "results", "seeds", "settings", "strategy"),
     },
+    "modules": {"compress"},
+    "bench": {"compress"},
     "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
     "engine": {"engine"},
 }

@@ -1,0 +1,185 @@
+"""Benchmarks: ``python -m masksl.bench compress``.
+
+Every compressor at the paper's settings, at three sizes, on ReLU-like and on signed
+data; beside ``ms`` a straightforward PyTorch version of the published procedure, timed
+in turn with it. Times are medians.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from masksl.compress import decode, make
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("qu", {"bits": 3}),
+    ("qq", {"bits": 3}),
+    ("fp", {"exponent": 2, "mantissa": 1}),
+    ("sp", {"sparsity": 0.95875}),
+    ("rt", {"sparsity": 0.95875, "alpha": 0.1}),
+    ("ms", {"sparsity": 0.99, "bits": 2}),
+    ("ms", {"lossless": "fast"}),
+    ("ms", {"values": "bfloat16", "lossless": "context"}),
+    ("ec", {"error": 0.25}),
+    ("ec", {"error": 0.25, "context": "none"}),
+]
+SIZES = (64, 256, 1024)  # samples of 64x16x16: 1 M, 4.2 M, 16.8 M elements
+STRAIGHT = "ms, straightforward"
+
+Encoded = tuple[torch.Tensor, torch.Tensor]
+
+
+def straightforward_encode(tensor: torch.Tensor, kept: int, bits: int = 2) -> Encoded:
+    """Return values and float mask by the published procedure, without packing.
+
+    A full ``torch.topk``, a mask of floats, a sort of the indices.
+    """
+    flat, top = tensor.flatten(), 2**bits - 1
+    values, indices = torch.topk(flat, kept)
+    mask = torch.round(flat * top / values.min()).clamp_(max=top - 1)
+    mask[indices] = top
+    return flat[indices.sort().values], mask
+
+
+def straightforward_decode(
+    values: torch.Tensor, mask: torch.Tensor, shape: torch.Size, bits: int = 2
+) -> torch.Tensor:
+    """Undo `straightforward_encode`."""
+    top = 2**bits - 1
+    decoded = mask * values.min() / top
+    decoded[mask == top] = values
+    return decoded.view(shape)
+
+
+def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Time every compressor on a tensor, in turn.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        float32.
+    repeats : int
+        How often each is timed.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        A row for each: times in milliseconds, bytes, error.
+    """
+    kept = tensor.numel() // 100
+    timed: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]] = {}
+    for name, options in CASES:
+        label = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        timed[label] = make(name, **options).encode, decode  # type: ignore[assignment]
+    if float(tensor.amin()) >= 0:  # the published procedure knows no signs
+        timed[STRAIGHT] = (
+            lambda whole: straightforward_encode(whole, kept),  # type: ignore
+            lambda sent: straightforward_decode(sent[0], sent[1], tensor.shape),
+        )
+    times: dict[str, tuple[list[float], list[float]]] = {k: ([], []) for k in timed}
+    results: dict[str, tuple[Any, torch.Tensor]] = {}
+    for _ in range(repeats):
+        for label, (encode, undo) in timed.items():
+            began = time.perf_counter()
+            frame = encode(tensor)  # type: ignore[call-arg]
+            encoded = time.perf_counter()
+            decoded = undo(frame)
+            times[label][0].append(encoded - began)
+            times[label][1].append(time.perf_counter() - encoded)
+            results[label] = frame, decoded
+    return [
+        _row(label, tensor, *results[label], *map(median, times[label]))
+        for label in timed
+    ]
+
+
+def _row(
+    label: str,
+    tensor: torch.Tensor,
+    frame: Any,
+    decoded: torch.Tensor,
+    encode: float,
+    undo: float,
+) -> dict[str, Any]:
+    packed = isinstance(frame, bytes)
+    sent = len(frame) if packed else sum(part.nbytes for part in frame)
+    return {
+        "compressor": label,
+        "elements": tensor.numel(),
+        "encode_ms": 1e3 * encode,
+        "decode_ms": 1e3 * undo,
+        "encode_gb_s": tensor.nbytes / encode / 1e9,
+        "bytes": sent,
+        "bits": 8 * sent / tensor.numel(),
+        "factor": tensor.nbytes / sent,
+        "error": float((decoded - tensor).norm() / tensor.norm()),
+    }
+
+
+def compress(repeats: int, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
+    """Return the rows of all sizes and kinds of data."""
+    rows = []
+    for samples in sizes:
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(samples, 64, 16, 16, generator=generator)
+        for kind, tensor in (("relu", normal.relu()), ("signed", normal)):
+            rows += [{"data": kind} | row for row in compare(tensor, repeats)]
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    table = Table(title=f"compressors, {torch.get_num_threads()} threads")
+    for column in ("data", "elements", "compressor"):
+        table.add_column(column, justify="left" if column != "elements" else "right")
+    for column in (
+        "encode ms",
+        "decode ms",
+        "GB/s",
+        "bytes",
+        "bits",
+        "factor",
+        "error",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["data"],
+            f"{row['elements']:,}",
+            row["compressor"],
+            f"{row['encode_ms']:.1f}",
+            f"{row['decode_ms']:.1f}",
+            f"{row['encode_gb_s']:.2f}",
+            f"{row['bytes']:,}",
+            f"{row['bits']:.3f}",
+            f"{row['factor']:.2f}",
+            f"{row['error']:.4f}",
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
+    parser.add_argument("benchmark", choices=["compress"])
+    parser.add_argument("--repeats", type=int, default=7, help="times each is timed")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument("--json", default="bench_compress.json", help="file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = compress(arguments.repeats)
+    with open(arguments.json, "w", encoding="utf-8") as file:
+        json.dump({"threads": arguments.threads, "rows": rows}, file, indent=1)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
