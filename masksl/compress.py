@@ -845,7 +845,7 @@ class EntropyCodedQuantization(Compressor):
     deadzone: float | None = None
     context: str = "spatial"
 
-    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<HBII")
+    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<HBIIQ")
 
     def __post_init__(self) -> None:
         given = [
@@ -875,17 +875,22 @@ class EntropyCodedQuantization(Compressor):
         outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
         coded = entropy.encode_plane(plane, alphabet, shape, plan)
         parts: list[wire.Part] = [centroids, outliers, coded]
-        if signed:
-            negative = work[topk.positions(symbols > 0)] < 0
+        nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
+        if nonzero.numel():
+            negative = work[nonzero] < 0
             parts.append(wire.pack_bits(negative.view(torch.uint8), 1))
-        params = alphabet, signed, outliers.numel(), len(coded)
+        params = alphabet, signed, outliers.numel(), len(coded), nonzero.numel()
         return self._PARAMS.pack(*params), parts
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
-        alphabet, signed, outliers, length = header.unpack_params(cls._PARAMS)
-        if not 1 <= alphabet <= 256 or signed > 1 or outliers > header.elements:
+        alphabet, signed, outliers, length, count = header.unpack_params(cls._PARAMS)
+        if not 1 <= alphabet <= 256 or signed > 1:
             raise FrameError(f"ec frame declares {alphabet} symbols, signs {signed}")
+        if max(outliers, count) > header.elements:
+            raise FrameError(
+                f"ec frame declares {outliers} exact values, {count} signs"
+            )
         dtype = planes.working_dtype(header.dtype)
         first = 1 if signed else 0
         regular = min(alphabet, scalar.Quantizer.LAST) - first
@@ -894,6 +899,7 @@ class EntropyCodedQuantization(Compressor):
             outliers * header.dtype.itemsize,
             length,
         )
+        wire.check_payload(header, payload, sum(sizes) + wire.packed_size(count, 1))
         sent, exact, coded, signs = planes.split(header, payload, *sizes)
         plane = entropy.decode_plane(coded, alphabet, header.shape)
         planes.check_marked(
@@ -904,8 +910,7 @@ class EntropyCodedQuantization(Compressor):
         table[first : first + regular] = planes.read_values(header, sent, dtype, device)
         flat = table.index_select(0, symbols.to(torch.int32))
         nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
-        size = wire.packed_size(nonzero.numel(), 1)
-        wire.check_payload(header, payload, sum(sizes) + size)
+        planes.check_marked(header, nonzero.numel(), count)
         if nonzero.numel():
             packed = wire.to_tensor(signs, torch.uint8, device)
             bits = wire.unpack_bits(packed, nonzero.numel(), 1)
