@@ -52,11 +52,11 @@ clean:  ## Remove the environment and Poetry
 # is written last, so that an interrupted installation is taken up again.
 $(READY): poetry.lock $(POETRY)
 	$(PYTHON) -m venv --clear .venv
-	$(POETRY) export --quiet --all-groups --format requirements.txt \
+	$(POETRY) export --all-groups --format requirements.txt \
 		--output .venv/requirements.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--require-hashes --no-deps --requirement .venv/requirements.txt
-	$(POETRY) install --quiet --only-root
+	$(POETRY) install --only-root
 	touch $@
 
 $(POETRY): requirements-poetry.txt

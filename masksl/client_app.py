@@ -23,7 +23,7 @@ from masksl.dataset import (
     shards,
 )
 from masksl.halves import ClientHalf, OptimizerConfig, Tensors, resolve_device
-from masksl.settings import RunConfig, Settings, Value, section
+from masksl.settings import RunConfig, Settings, Value, import_plugins, section
 
 app = ClientApp()
 
@@ -68,6 +68,7 @@ class Setup:
 @lru_cache(maxsize=2)
 def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     settings = dict(items)
+    import_plugins(settings)
     run = RunConfig.of(settings)
     dataset = DatasetConfig(**section(settings, "dataset"))
     spec = DATASETS[dataset.name]

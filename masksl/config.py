@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from masksl import compress, dataset, model
-from masksl.settings import Settings, Value, parse, section
+from masksl.settings import Settings, Value, import_plugins, parse, section
 
 COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")
 SYNCS = ("step", "round", "never")
@@ -66,6 +66,10 @@ def _milestones(value: Any) -> bool:
     return all(map(_is_int, value)) and list(value) == sorted(set(value))
 
 
+def _modules(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
 _POSITIVE = Rule("a number greater than 0", lambda v: _is_number(v) and v > 0)
 _RATE = Rule(
     "a number greater than 0 and at most 1e30",
@@ -81,6 +85,7 @@ _TEXT = Rule("text", lambda v: isinstance(v, str))
 _DEVICE = Rule("auto, cpu, cuda or cuda:N", lambda v: _device_type(v) is not None)
 
 RULES: dict[str, Rule] = {
+    "plugins": Rule("a list of modules that can be imported", _modules),
     "rounds": _whole(1),
     "clients": _whole(1),
     "fraction": _FRACTION,
@@ -133,6 +138,7 @@ def check(settings: Mapping[str, Value]) -> None:
     ConfigError
         On the first key that is missing or has a value that is not allowed.
     """
+    _check_plugins(settings)
     for key, rule in RULES.items():
         if key.startswith("engine.") and key not in settings:
             continue  # an engine has the options of its own file
@@ -168,6 +174,17 @@ def from_run_config(run_config: Mapping[str, Value]) -> Settings:
                 if option not in known:
                     del settings[f"{group}.{option}"]
     return settings
+
+
+def _check_plugins(settings: Mapping[str, Value]) -> None:
+    value, rule = parse(settings.get("plugins", "[]")), RULES["plugins"]
+    if not rule.holds(value):
+        raise ConfigError.of("plugins", value, rule.allowed)
+    try:
+        import_plugins(settings)
+    except ImportError as error:
+        allowed = f"{rule.allowed} ({error})"
+        raise ConfigError.of("plugins", list(value), allowed) from error
 
 
 def _check_compressor(settings: Mapping[str, Value], group: str) -> None:

@@ -20,7 +20,7 @@ from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_d
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
 from masksl.results import RunFolder
-from masksl.settings import RunConfig, Settings, section
+from masksl.settings import RunConfig, Settings, import_plugins, section
 from masksl.strategy import SharedHalf, SplitLearning
 
 PATIENCE = 60.0  # seconds that clients have to appear
@@ -78,6 +78,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     RunError
         If clients are missing or fail; the text is one line.
     """
+    import_plugins(settings)
     began = time.monotonic()
     run_config = RunConfig.of(settings)
     wait_for_clients(grid, run_config.clients, PATIENCE)

@@ -6,6 +6,7 @@ values under one key back as they were.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any, Self
 
 import yaml
@@ -47,6 +48,20 @@ class RunConfig:
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """Return the fields of checked settings."""
         return cls(**{field.name: settings[field.name] for field in fields(cls)})
+
+
+def import_plugins(settings: Mapping[str, Value]) -> None:
+    """Import the modules that ``plugins`` names; they register what they bring.
+
+    Every process of a run does so before it looks anything up by its name.
+
+    Raises
+    ------
+    ImportError
+        If there is no such module.
+    """
+    for module in parse(settings.get("plugins", "[]")):
+        import_module(module)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -61,6 +61,8 @@ def options(path: Path) -> dict[str, Any]:
         ("dataset.limit=0", "dataset.limit=0: must be null or a whole number"),
         ("dataset.limit=4", "clients=10: must be at most 4, the training samples"),
         ("dataset.download=maybe", "dataset.download='maybe': must be true or false"),
+        ("plugins=x", "plugins='x': must be a list of modules that can be imported"),
+        ("plugins=[no.such]", "plugins=['no.such']: must be a list of modules"),
         ("seed=x", "seed='x': must be a whole number from 0 on"),
     ],
 )
