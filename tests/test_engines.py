@@ -170,13 +170,21 @@ def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> 
     with open(output, "w", encoding="utf-8") as file:
         folder = f"hydra.run.dir={tmp_path}/run"
         parent = subprocess.Popen(
-            [*command, folder], stdout=file, stderr=file, cwd=ROOT
+            [*command, folder],
+            stdout=file,
+            stderr=file,
+            cwd=ROOT,
+            # Whoever runs the tests in the background may have it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    deadline = time.monotonic() + 90
-    while "round 1/500" not in output.read_text() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    parent.send_signal(end)
-    assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
+    try:
+        deadline = time.monotonic() + 90
+        while "round 1/500" not in output.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        parent.send_signal(end)
+        assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
+    finally:
+        parent.kill()
     deadline = time.monotonic() + 15
     while (left := simulation_processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
