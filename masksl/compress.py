@@ -415,10 +415,12 @@ class QuantileQuantization(Compressor):
     @staticmethod
     def levels(bits: int, offset: float, scale: float) -> Tensor:
         """Return the 2**bits levels, float64, ascending."""
-        probability = torch.linspace(offset, 0.5, 2 ** (bits - 1) + 1).double()
+        probability = torch.linspace(
+            offset, 0.5, 2 ** (bits - 1) + 1, dtype=torch.float64
+        )
         positive = torch.special.ndtri(probability[:-1])
         negative = -torch.special.ndtri(
-            torch.linspace(offset, 0.5, 2 ** (bits - 1)).double()[:-1]
+            torch.linspace(offset, 0.5, 2 ** (bits - 1), dtype=torch.float64)[:-1]
         )
         ascending = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)])
         return ascending / positive[0] * scale

@@ -153,9 +153,9 @@ def check(settings: Mapping[str, Value]) -> None:
     _check_optimizer(settings)
     _check_engine(settings)
     _check_samples(settings)
-    known = (*RULES, "cut", *(f"{group}." for group in COMPRESSOR_GROUPS))
+    options = tuple(f"{group}." for group in COMPRESSOR_GROUPS)
     for key, value in settings.items():
-        if not key.startswith(known):
+        if key not in RULES and key != "cut" and not key.startswith(options):
             raise ConfigError(f"{key}={value!r}: is no key of conf/base.yaml")
 
 

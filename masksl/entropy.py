@@ -3,8 +3,12 @@
 A plane is one small symbol for every element of a tensor. Where the tensor holds maps
 (the last two dimensions at least 2x2), the probability table of a symbol is chosen by
 its four causal neighbours (left, above, above left, above right) and by the group that
-its channel belongs to; elsewhere one table serves all. Tables, groups and all else that
-the decoder needs are in the coded plane.
+its channel belongs to; elsewhere one table serves all. Contexts that are alike share a
+table. Tables, groups and all else that the decoder needs are in the coded plane.
+
+The context of a symbol is 36 left + 9 above + 3 above left + above right, in neighbour
+classes: four classes for left and above, three for the corners, 0 beyond the edge. The
+coarse context leaves the corners out: 4 left + above.
 
 Symbols are coded along skewed diagonals (column + 2 row), so that a whole diagonal of
 every map in the batch has its neighbours decoded and can be coded at once, sorted by
@@ -445,7 +449,7 @@ def _read_header(
     sent = maps.channels if count > 1 else 0
     links = count * _NEIGHBOURS[context]
     size = sent + links + tables * alphabet
-    side = np.frombuffer(_inflate(payload[_HEADER.size :][:length], size), np.uint8)
+    side = np.frombuffer(inflate(payload[_HEADER.size :][:length], size), np.uint8)
     groups = np.zeros(maps.channels, np.uint8)
     groups[:sent] = side[:sent]
     linked = side[sent : sent + links]
@@ -463,10 +467,6 @@ def deflate(data: memoryview) -> bytes:
 
 def inflate(data: memoryview, size: int) -> bytes:
     """Undo `deflate`; `FrameError` unless that gives exactly ``size`` bytes."""
-    return _inflate(data, size)
-
-
-def _inflate(data: memoryview, size: int) -> bytes:
     try:
         if zstandard.frame_content_size(data) != size:
             raise FrameError(f"compressed part does not hold {size} bytes")

@@ -78,7 +78,7 @@ def read_values(
     device: torch.device | str,
 ) -> torch.Tensor:
     """Return values of the payload; they must be finite."""
-    if not wire.check_finite(payload, dtype):
+    if not wire.all_finite(payload, dtype):
         raise FrameError(f"{header.compressor} frame holds values that are not finite")
     return wire.to_tensor(payload, dtype, device)
 

@@ -369,7 +369,7 @@ def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> in
     return found
 
 
-def check_finite(payload: memoryview, dtype: torch.dtype) -> bool:
+def all_finite(payload: memoryview, dtype: torch.dtype) -> bool:
     """Return whether all values of a payload are finite, a little at a time."""
     integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
     infinity = torch.tensor([torch.inf], dtype=dtype).view(torch.uint8).numpy()

@@ -1,7 +1,7 @@
 """What the tests share: composed settings, small runs, data made on the spot."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,3 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def device(request: pytest.FixtureRequest) -> str:
     """Return every device that is here in turn."""
     return request.param
-
-
-Overrides = Callable[..., Training]

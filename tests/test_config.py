@@ -47,6 +47,7 @@ def options(path: Path) -> dict[str, Any]:
         ("device=cuda:99", "device='cuda:99': must be auto or cpu: "),
         ("device=0", "device=0: must be auto, cpu, cuda or cuda:N"),
         ("optimizer.lr=1e40", "optimizer.lr=1e+40: must be a number greater than 0"),
+        ("+cutting=4", "cutting=4: is no key of conf/base.yaml"),
         ("+nonsense=4", "nonsense=4: is no key of conf/base.yaml"),
         ("client_device=tpu", "client_device='tpu': must be auto, cpu, cuda or cuda:N"),
         ("threads.server=0", "threads.server=0: must be"),
