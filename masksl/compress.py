@@ -19,6 +19,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -236,7 +237,6 @@ def decode(
 
 # --- what the compressors share -------------------------------------------------------
 
-_BLOCK = 2**15  # elements that are worked on together, so that they stay in the cache
 _SCOPES = ("tensor", "sample")
 
 
@@ -764,19 +764,17 @@ class MaskSparsification(Compressor):
         """
         top = 2**self.bits - 1
         divisor = smallest.masked_fill(smallest == 0, 1)
-        symbols = torch.empty_like(magnitude, dtype=torch.uint8)
-        blocks = [(magnitude, symbols)]
-        if len(divisor) == 1 and magnitude.device.type == "cpu":
-            divisor = divisor.view(())
-            whole = (magnitude.view(-1), symbols.view(-1))
-            blocks = list(zip(*(part.split(_BLOCK) for part in whole), strict=True))
-        for block, out in blocks:
-            level = (block / divisor).mul_(top)
+
+        def level(part: Tensor, by: Tensor = divisor) -> Tensor:
+            scaled = (part / by).mul_(top)
             if self.rounding == "nearest":
-                level.round_()
+                scaled.round_()
             # Values narrowed to 16 bits can put t below elements that are not kept.
-            out.copy_(level.clamp_(max=top - 1))
-        return symbols.view(-1)
+            return scaled.clamp_(max=top - 1)
+
+        if len(divisor) > 1:
+            return level(magnitude).to(torch.uint8).view(-1)
+        return scalar.to_symbols(magnitude.view(-1), partial(level, by=divisor[0]))
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -870,12 +868,11 @@ class EntropyCodedQuantization(Compressor):
         magnitude = work.abs() if signed else work
         quantizer = self._steer(magnitude, shape, work, signed)
         symbols = quantizer.symbols(magnitude)
-        plane = symbols.cpu().numpy()
-        alphabet = int(plane.max()) + 1
-        plan = self._plan(plane, shape)
-        centroids = self._centroids(plane, magnitude, alphabet, signed)
+        alphabet = int(symbols.amax()) + 1
+        plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
+        centroids = self._centroids(plane, magnitude, signed)
         outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
-        coded = entropy.encode_plane(plane, alphabet, shape, plan)
+        coded = entropy.encode_plane(plane, self._plan(plane))
         parts: list[wire.Part] = [centroids, outliers, coded]
         nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
         if nonzero.numel():
@@ -923,17 +920,14 @@ class EntropyCodedQuantization(Compressor):
             flat[topk.positions(symbols == scalar.Quantizer.LAST)] = values
         return flat
 
-    def _plan(self, plane: np.ndarray, shape: Shape) -> entropy.Plan:
-        spatial = self.context == "spatial"
-        return entropy.make_plan(plane, int(plane.max()) + 1, shape, spatial=spatial)
+    def _plan(self, plane: entropy.Plane) -> entropy.Plan:
+        return entropy.make_plan(plane, spatial=self.context == "spatial")
 
     @staticmethod
-    def _centroids(
-        plane: np.ndarray, magnitude: Tensor, alphabet: int, signed: bool
-    ) -> Tensor:
+    def _centroids(plane: entropy.Plane, magnitude: Tensor, signed: bool) -> Tensor:
         """Return the mean magnitude of every symbol that is not sent exactly."""
-        sums = np.bincount(plane, magnitude.cpu().numpy(), minlength=alphabet)
-        means = sums / np.maximum(np.bincount(plane, minlength=alphabet), 1)
+        sums = scalar.sums_by(plane.symbols, magnitude, plane.alphabet)
+        means = sums / np.maximum(plane.counts, 1)
         most = torch.finfo(magnitude.dtype).max
         chosen = torch.from_numpy(means[int(signed) : scalar.Quantizer.LAST])
         return chosen.clamp_(max=most).to(magnitude.dtype)
@@ -952,12 +946,12 @@ class EntropyCodedQuantization(Compressor):
         if self.step is not None and work.numel() > 1:
             unit = work.std(correction=0).item() or unit
         bounds = math.log((largest or 1.0) * 1e-6), math.log((largest or 1.0) * 4)
-        sample = scalar.Sample.of(magnitude, 2**17, signed)
+        sample = scalar.Sample(magnitude, 2**17, signed)
         deadzone = self.deadzone
         if deadzone is None:
             width = self.step * unit if self.step is not None else None
             target = self.error if self.error is not None else 0.25
-            deadzone = scalar.best_deadzone(sample.first(2**14), width, target, bounds)
+            deadzone = scalar.best_deadzone(sample, width, target, bounds)
 
         def at(step: float) -> scalar.Quantizer:
             return scalar.Quantizer(max(step, least), deadzone)
@@ -990,9 +984,11 @@ class EntropyCodedQuantization(Compressor):
         count: int,
     ) -> float:
         """Return about how many bits an element takes in a tensor of so many."""
-        plane = quantizer.symbols(magnitude).cpu().numpy()
-        plan = self._plan(plane, shape)
-        beside = 32 * int(plane.max()) + plan.side_bits
-        signs = float((plane > 0).mean()) if signed else 0.0
-        exact = 32 * float((plane == scalar.Quantizer.LAST).mean())
-        return plan.bits / plane.size + signs + exact + beside / count
+        symbols = quantizer.symbols(magnitude)
+        alphabet = int(symbols.amax()) + 1
+        plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
+        plan, share = self._plan(plane), plane.counts / plane.symbols.size
+        beside = 32 * alphabet + plan.side_bits
+        signs = 1 - float(share[0]) if signed else 0.0
+        exact = 32 * float(share[scalar.Quantizer.LAST :].sum())
+        return plan.bits / plane.symbols.size + signs + exact + beside / count

@@ -246,6 +246,11 @@ class Dataset:
             images = random_flip(images, generator)
         return self._normalise(images), self.train.labels[indices].to(self.device)
 
+    def train_images(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return training images as they are, likewise, and their labels."""
+        images = self.train.pixels(indices, None).to(self.device)
+        return self._normalise(images), self.train.labels[indices].to(self.device)
+
     def test_batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return test images as they are, likewise, and their labels."""
         images = self.test.pixels(indices, None).to(self.device)

@@ -12,7 +12,10 @@ coarse context leaves the corners out: 4 left + above.
 
 Symbols are coded along skewed diagonals (column + 2 row), so that a whole diagonal of
 every map in the batch has its neighbours decoded and can be coded at once, sorted by
-context. The coder itself is constriction's asymmetric numeral system.
+context. Where one table serves all, bytes of packed symbols are coded: 2**b - 1 stands
+for that symbol and all above it, and which of these each is comes after the last byte.
+Of b = 8, 4, 2, 1 it is the first with the least b / 8 + share of symbols from 2**b - 1
+on, by the table. The coder itself is constriction's asymmetric numeral system.
 
 A coded plane, little-endian, is
 
@@ -25,8 +28,8 @@ size    type  field
 3, 2    u8    least symbols of neighbour classes 1, 2, 3; of classes 1, 2
 4       u32   length of the tables
         zstd  with more than one group, the group of every channel; for every group
-              and context, its table; the tables, a byte a symbol, -16 log2 of its
-              probability
+              and context, its table; the tables, a byte a symbol: the weight of
+              code c is 2**(24 - c / 16), rounded, that of 255 is 0
         u32s  the coder's words
 ======  ====  ==========================================================
 """
@@ -34,7 +37,7 @@ size    type  field
 import math
 import struct
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import constriction
 import numpy as np
@@ -52,6 +55,9 @@ _LINK_BITS = 5.0  # about what naming the table of a context costs, likewise
 _GROUPS = (1, 2, 4, 8)
 _TABLES = 64  # at most
 _FEWER_TABLES = (8, 24)
+_FEW = 32  # symbols; so many are counted one after the other
+_WEIGHT_OF_CODE = np.rint(2.0 ** (24 - np.arange(256) / _UNIT)).astype(np.int64)
+_WEIGHT_OF_CODE[255] = 0
 
 
 @dataclass(frozen=True)
@@ -89,16 +95,18 @@ class Plan:
         """Estimated size in bits."""
         return self.bits + self.side_bits
 
+    def narrowed(self, contexts: np.ndarray) -> np.ndarray:
+        """Return fine contexts as this plan has them."""
+        return contexts // np.uint8(9) if self.context == COARSE else contexts
+
     def offset(self, maps: "_Maps") -> np.ndarray:
         """Return the first table of every map's channel, uint16, shape (B C,)."""
         first = self.groups.astype(np.uint16) * _NEIGHBOURS[self.context]
         return np.tile(first, maps.batch)
 
 
-def encode_plane(
-    symbols: np.ndarray, alphabet: int, shape: tuple[int, ...], plan: Plan | None = None
-) -> bytes:
-    """Code a plane.
+class Plane:
+    """Symbols of a tensor, with what coding them needs more than once.
 
     Parameters
     ----------
@@ -108,30 +116,60 @@ def encode_plane(
         Number of different symbols, 1 to 256.
     shape : tuple[int, ...]
         Shape of the tensor that they belong to, of d elements.
+    """
+
+    def __init__(
+        self, symbols: np.ndarray, alphabet: int, shape: tuple[int, ...]
+    ) -> None:
+        self.symbols = symbols
+        self.alphabet = alphabet
+        self.maps = _Maps.of(shape)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each symbol occurs, int64, shape (alphabet,)."""
+        if self.alphabet > _FEW:
+            return np.bincount(self.symbols, minlength=self.alphabet)
+        found = [np.count_nonzero(self.symbols == s) for s in range(self.alphabet)]
+        return np.array(found)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Symbols as (H W, B C): a row is one position in all maps."""
+        return _transposed(self.symbols.reshape(-1, self.maps.height * self.maps.width))
+
+    def contexts(self, bounds: tuple[int, ...]) -> np.ndarray:
+        """Return the fine context of every symbol, uint8, in rows."""
+        if self._bounds != bounds:
+            self._contexts = _contexts(self.rows, self.maps, bounds)
+            self._bounds = bounds
+        return self._contexts
+
+    _bounds: tuple[int, ...] = ()
+    _contexts: np.ndarray
+
+
+def encode_plane(plane: Plane, plan: Plan | None = None) -> bytes:
+    """Code a plane.
+
+    Parameters
+    ----------
+    plane : Plane
+        The symbols.
     plan : Plan | None
         What `make_plan` returned for it; made anew where it is None.
 
     Returns
     -------
     bytes
-        The coded plane; `decode_plane` needs alphabet and shape again.
+        The coded plane; `decode_plane` needs its alphabet and shape again.
     """
-    plan = plan or make_plan(symbols, alphabet, shape)
-    models = _models(plan.codes)
+    plan = plan or make_plan(plane)
     coder = constriction.stream.stack.AnsCoder()
     if plan.context == NONE:
-        coder.encode_reverse(symbols.astype(np.int32), models[0])
+        _encode_packed(coder, plane.symbols, _weights(plan.codes)[0])
     else:
-        maps = _Maps.of(shape)
-        rows = maps.rows(symbols)
-        contexts = _contexts(rows, maps, plan.bounds)
-        if plan.context == COARSE:
-            contexts //= 9
-        offset = plan.offset(maps)
-        for start, end in reversed(maps.diagonals):
-            chosen = maps.positions[start:end]
-            tables = plan.links[contexts[chosen] + offset]
-            _encode_sorted(coder, rows[chosen], tables, models)
+        _encode_maps(coder, plane, plan)
     count = int(plan.groups.max()) + 1
     sent = [plan.groups] if count > 1 else []
     side = b"".join(part.tobytes() for part in (*sent, plan.links, plan.codes))
@@ -167,26 +205,23 @@ def decode_plane(
     """
     maps = _Maps.of(shape)
     plan, words = _read_header(payload, alphabet, maps)
-    models = _models(plan.codes)
     coder = constriction.stream.stack.AnsCoder(words)
     if plan.context == NONE:
-        decoded = coder.decode(models[0], math.prod(shape)).astype(np.uint8)
+        decoded = _decode_packed(coder, math.prod(shape), _weights(plan.codes)[0])
     else:
-        decoded = _decode_maps(coder, plan, maps, models)
+        decoded = _decode_maps(coder, plan, maps)
     if not coder.is_empty():
         raise FrameError("coded plane goes on after its last symbol")
     return decoded
 
 
-def make_plan(
-    symbols: np.ndarray, alphabet: int, shape: tuple[int, ...], *, spatial: bool = True
-) -> Plan:
+def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
     """Choose contexts, groups and tables by what they will cost.
 
     Parameters
     ----------
-    symbols, alphabet, shape
-        See `encode_plane`.
+    plane : Plane
+        The symbols.
     spatial : bool
         Whether neighbours may choose the tables.
 
@@ -195,8 +230,7 @@ def make_plan(
     Plan
         The cheapest; nothing has been coded.
     """
-    maps = _Maps.of(shape)
-    counts = np.bincount(symbols, minlength=alphabet)
+    maps, counts, alphabet = plane.maps, plane.counts, plane.alphabet
     bounds = (*_class_bounds(counts, 4), *_class_bounds(counts, 3))
     groups = np.zeros(maps.channels, np.uint8)
     best = _plan(NONE, groups, bounds, counts[None])
@@ -204,13 +238,13 @@ def make_plan(
         return best
     # Tables that few symbols would share cannot pay: channels are then all alike.
     size = _NEIGHBOURS[FINE] * alphabet
-    channels = maps.channels if maps.channels * size <= symbols.size else 1
-    rows = maps.rows(symbols)
-    channel = np.arange(maps.channels, dtype=np.uint32) % channels * size
-    cells = _contexts(rows, maps, bounds) * np.uint32(alphabet)
+    channels = maps.channels if maps.channels * size <= plane.symbols.size else 1
+    channel = np.arange(maps.channels, dtype=np.int32) % channels * size
+    cells = plane.contexts(bounds) * np.int32(alphabet)
     cells += np.tile(channel, maps.batch)
-    cells += rows
-    joint = np.bincount(cells.ravel(), minlength=channels * size)
+    cells += plane.rows
+    flat = torch.from_numpy(cells.ravel())  # PyTorch counts faster than NumPy
+    joint = torch.bincount(flat, minlength=channels * size).numpy()
     joint = joint.reshape((channels, 144, alphabet)).astype(np.float64)
     coarse = joint.reshape((channels, 16, 9, alphabet)).sum(2)
     for context, tables in ((COARSE, coarse), (FINE, joint)):
@@ -272,9 +306,10 @@ class _Maps:
         )
         return _Maps(batch, channels, height, width, positions, bounds)
 
-    def rows(self, flat: np.ndarray) -> np.ndarray:
-        """Return flat elements as (H W, B C): a row is one position in all maps."""
-        return np.ascontiguousarray(flat.reshape(-1, self.height * self.width).T)
+
+def _transposed(rows: np.ndarray) -> np.ndarray:
+    """Return the transpose, contiguous; PyTorch moves it faster than NumPy."""
+    return torch.from_numpy(rows).t().contiguous().numpy()
 
 
 def _class_bounds(counts: np.ndarray, classes: int) -> list[int]:
@@ -423,15 +458,22 @@ def _cluster(tables: np.ndarray, count: int) -> np.ndarray:
     return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
 
 
-def _models(codes: np.ndarray) -> list:
-    """Return the coder's models of tables as they are sent."""
-    weights = np.where(codes == 255, 0.0, 2.0 ** (-codes.astype(np.float64) / _UNIT))
+def _weights(codes: np.ndarray) -> np.ndarray:
+    """Return the weights of tables as they are sent, int64, of at least two symbols.
+
+    Whole numbers, so that every machine makes the same model of them.
+    """
+    weights = _WEIGHT_OF_CODE[codes]
     if codes.shape[1] == 1:  # the coder wants at least two symbols
         weights = np.pad(weights, ((0, 0), (0, 1)))
-    weights[weights.sum(1) == 0, 0] = 1.0
-    weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    categorical = constriction.stream.model.Categorical
-    return [categorical(row, perfect=False) for row in weights]
+    weights[weights.sum(1) == 0, 0] = 1
+    return weights
+
+
+def _model(weights: np.ndarray):
+    """Return the coder's model of symbols with these weights."""
+    share = (weights / weights.sum()).astype(np.float32)
+    return constriction.stream.model.Categorical(share, perfect=False)
 
 
 def _read_header(
@@ -505,7 +547,7 @@ def encode_gaps(positions: np.ndarray, count: int) -> bytes | None:
         return None
     high = (gaps >> low).astype(np.uint8)
     alphabet = int(high.max()) + 1
-    coded = encode_plane(high, alphabet, (len(high),))
+    coded = encode_plane(Plane(high, alphabet, (len(high),)))
     rest = b""
     if low:
         bits = gaps & (2**low - 1)
@@ -554,6 +596,56 @@ def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
     return positions
 
 
+# --- one table for all ----------------------------------------------------------------
+
+
+def _packing(weights: np.ndarray) -> int:
+    """Return in how many bits symbols are best packed: fewest steps of the coder."""
+    total = weights.sum()
+    steps = {b: b / 8 + weights[2**b - 1 :].sum() / total for b in (8, 4, 2, 1)}
+    return min(steps, key=lambda bits: steps[bits])
+
+
+def _packed_model(weights: np.ndarray, bits: int):
+    """Return the model of a byte of packed symbols, which are independent."""
+    last = 2**bits - 1
+    share = np.zeros(last + 1)
+    share[: min(last, len(weights))] = weights[:last] / weights.sum()
+    share[last] = weights[last:].sum() / weights.sum()
+    byte, product = np.arange(256), np.ones(256)
+    for start in range(0, 8, bits):
+        product = product * share[byte >> start & last]
+    return constriction.stream.model.Categorical(
+        product.astype(np.float32), perfect=False
+    )
+
+
+def _encode_packed(coder, symbols: np.ndarray, weights: np.ndarray) -> None:
+    """Code all symbols by one table."""
+    bits = _packing(weights)
+    last = 2**bits - 1
+    beyond = symbols[symbols >= last]
+    if beyond.size and len(weights) > last + 1:
+        coder.encode_reverse((beyond - last).astype(np.int32), _model(weights[last:]))
+    low = torch.from_numpy(np.minimum(symbols, last))
+    packed = pack_bits(low, bits).numpy().astype(np.int32)
+    coder.encode_reverse(packed, _packed_model(weights, bits))
+
+
+def _decode_packed(coder, count: int, weights: np.ndarray) -> np.ndarray:
+    """Undo `_encode_packed`: uint8, shape (count,)."""
+    bits = _packing(weights)
+    last = 2**bits - 1
+    packed = coder.decode(_packed_model(weights, bits), packed_size(count, bits))
+    symbols = unpack_bits(torch.from_numpy(packed.astype(np.uint8)), count, bits)
+    decoded = symbols.numpy()
+    beyond = np.flatnonzero(decoded == last)
+    if beyond.size and len(weights) > last + 1:
+        above = coder.decode(_model(weights[last:]), len(beyond))
+        decoded[beyond] = above + last
+    return decoded
+
+
 # --- diagonals ------------------------------------------------------------------------
 
 
@@ -585,7 +677,19 @@ def _decode_sorted(coder, keys: np.ndarray, models: list) -> np.ndarray:
     return symbols.reshape(keys.shape)
 
 
-def _decode_maps(coder, plan: Plan, maps: _Maps, models: list) -> np.ndarray:
+def _encode_maps(coder, plane: Plane, plan: Plan) -> None:
+    """Code the symbols of maps, last diagonal first."""
+    models = [_model(weights) for weights in _weights(plan.codes)]
+    contexts, offset = plane.contexts(plan.bounds), plan.offset(plane.maps)
+    for start, end in reversed(plane.maps.diagonals):
+        chosen = plane.maps.positions[start:end]
+        tables = plan.links[plan.narrowed(contexts[chosen]) + offset]
+        _encode_sorted(coder, plane.rows[chosen], tables, models)
+
+
+def _decode_maps(coder, plan: Plan, maps: _Maps) -> np.ndarray:
+    """Undo `_encode_maps`: uint8, shape (d,)."""
+    models = [_model(weights) for weights in _weights(plan.codes)]
     classes = _classes(plan.bounds)
     width, offset = maps.width, plan.offset(maps)
     count = maps.batch * maps.channels
@@ -597,9 +701,8 @@ def _decode_maps(coder, plan: Plan, maps: _Maps, models: list) -> np.ndarray:
         y, x = np.divmod(positions, width)
         corners = padded[y, x], padded[y, x + 2]
         contexts = _context_of(padded[y + 1, x], padded[y, x + 1], corners)
-        if plan.context == COARSE:
-            contexts //= 9
-        symbols = _decode_sorted(coder, plan.links[contexts + offset], models)
+        tables = plan.links[plan.narrowed(contexts) + offset]
+        symbols = _decode_sorted(coder, tables, models)
         decoded[positions] = symbols
         padded[y + 1, x + 1] = classes[symbols]
-    return np.ascontiguousarray(decoded.T).ravel()
+    return _transposed(decoded).ravel()

@@ -120,7 +120,8 @@ def write_plane(
         if len(coded) < size:
             best, size = (_FAST, coded), len(coded)
     if lossless in ("context", "auto") and bits <= 8:
-        coded = entropy.encode_plane(symbols.cpu().numpy(), 2**bits, shape)
+        plane = entropy.Plane(symbols.cpu().numpy(), 2**bits, shape)
+        coded = entropy.encode_plane(plane)
         if len(coded) < size:
             best = _CONTEXT, coded
     return best

@@ -8,6 +8,38 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+_BLOCK = 2**18  # elements that are worked on together, so that they stay in the cache
+
+
+def to_symbols(
+    magnitude: torch.Tensor, level: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return what a function makes of flat magnitudes, cut off to uint8.
+
+    Parameters
+    ----------
+    magnitude : torch.Tensor
+        Shape (d,).
+    level : Callable[[torch.Tensor], torch.Tensor]
+        Element by element; 0 to less than 256.
+    """
+    if magnitude.device.type != "cpu":
+        return level(magnitude).to(torch.uint8)
+    symbols = torch.empty_like(magnitude, dtype=torch.uint8)
+    parts = zip(magnitude.split(_BLOCK), symbols.split(_BLOCK), strict=True)
+    for part, out in parts:
+        out.copy_(level(part))
+    return symbols
+
+
+def sums_by(symbols: np.ndarray, magnitude: torch.Tensor, alphabet: int) -> np.ndarray:
+    """Return the sum of the magnitudes of every symbol, float64, shape (alphabet,)."""
+    sums = torch.zeros(alphabet, dtype=torch.float64)
+    keys = torch.from_numpy(symbols)
+    for key, part in zip(keys.split(_BLOCK), magnitude.split(_BLOCK), strict=True):
+        sums += torch.bincount(key, part.cpu().double(), minlength=alphabet)
+    return sums.numpy()
+
 
 @dataclass(frozen=True)
 class Quantizer:
@@ -20,57 +52,65 @@ class Quantizer:
 
     def symbols(self, magnitude: torch.Tensor) -> torch.Tensor:
         """Return the symbol of every magnitude, uint8."""
-        level = (magnitude / self.step).add_(1 - self.deadzone)
-        return level.clamp_(max=self.LAST).to(torch.uint8)
+
+        def level(part: torch.Tensor) -> torch.Tensor:
+            return (part / self.step).add_(1 - self.deadzone).clamp_(max=self.LAST)
+
+        return to_symbols(magnitude, level)
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Least magnitude of every symbol but the first, float64, shape (255,)."""
+        return self.step * (np.arange(self.LAST) + self.deadzone)
 
 
-@dataclass(frozen=True)
 class Sample:
-    """Some magnitudes of a tensor, to measure quantisers by."""
+    """Some magnitudes of a tensor, to measure quantisers by.
 
-    values: torch.Tensor  # float64, on the CPU, the largest is 1
-    unit: float  # what they were divided by
-    signed: bool
+    Parameters
+    ----------
+    magnitude : torch.Tensor
+        Shape (d,), not negative.
+    size : int
+        About how many of them to take, spread over the tensor.
+    signed : bool
+        Whether what is quantised has signs.
+    """
 
-    @classmethod
-    def of(cls, magnitude: torch.Tensor, size: int, signed: bool) -> "Sample":
-        """Take about so many elements, spread over the tensor."""
+    def __init__(self, magnitude: torch.Tensor, size: int, signed: bool) -> None:
         stride = max(1, magnitude.numel() // size)
         while math.gcd(stride, magnitude.numel()) > 1:  # no column again and again
             stride += 1
-        values = magnitude[::stride].double().cpu()
-        unit = values.amax().item() or 1.0
-        return cls(values / unit, unit, signed)
+        self._ascending = np.sort(magnitude[::stride].cpu().numpy()).astype(np.float64)
+        self._unit = float(self._ascending[-1]) or 1.0
+        self._ascending /= self._unit
+        self._signed = signed
+        sums = np.cumsum(self._ascending), np.cumsum(self._ascending**2)
+        self._sums, self._squares = (np.concatenate([[0], each]) for each in sums)
 
-    def first(self, size: int) -> "Sample":
-        """Return a smaller sample."""
-        stride = max(1, self.values.numel() // size)
-        return Sample(self.values[::stride].contiguous(), self.unit, self.signed)
-
-    def symbols(self, quantizer: Quantizer) -> np.ndarray:
-        """Return the symbols of the sample."""
-        scaled = Quantizer(quantizer.step / self.unit, quantizer.deadzone)
-        return scaled.symbols(self.values).numpy()
+    def _edges(self, quantizer: Quantizer) -> np.ndarray:
+        """Return where symbols begin and end among the values, shape (257,)."""
+        edges = np.searchsorted(self._ascending, quantizer.bounds / self._unit)
+        return np.concatenate([[0], edges, [len(self._ascending)]])
 
     def error(self, quantizer: Quantizer) -> float:
         """Return the relative error of a quantiser with centroids."""
-        plane = self.symbols(quantizer)
-        values = self.values.numpy()
-        counts = np.bincount(plane, minlength=256)
-        sums = np.bincount(plane, values, minlength=256)
-        squares = np.bincount(plane, values**2, minlength=256)
-        lost = squares - sums**2 / np.maximum(counts, 1)
-        if self.signed:
+        edges = self._edges(quantizer)
+        squares = np.diff(self._squares[edges])
+        counts = np.maximum(np.diff(edges), 1)
+        lost = squares - np.diff(self._sums[edges]) ** 2 / counts
+        if self._signed:
             lost[0] = squares[0]
-        total, lost[Quantizer.LAST] = squares.sum(), 0
+        lost[Quantizer.LAST] = 0
+        total = squares.sum()
         return math.sqrt(max(lost.sum(), 0) / total) if total else 0.0
 
     def bits(self, quantizer: Quantizer) -> float:
         """Return the bits an element: entropy of the symbols, and signs."""
-        counts = np.bincount(self.symbols(quantizer))
-        share = counts[counts > 0] / counts.sum()
-        signs = 1 - counts[0] / counts.sum() if self.signed else 0.0
-        return float(-(share * np.log2(share)).sum()) + signs
+        share = np.diff(self._edges(quantizer)) / len(self._ascending)
+        used = share[share > 0]
+        signs = 1 - float(share[0]) if self._signed else 0.0
+        return float(-(used * np.log2(used)).sum()) + signs
 
 
 def best_deadzone(

@@ -89,6 +89,13 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return mask.nonzero().view(-1)
 
 
+def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Return where flat values are at least a bound, int64, ascending."""
+    if values.device.type == "cpu":  # likewise
+        return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
+    return positions(values >= bound)
+
+
 def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where values are at least the k-th largest, and that one, shape ().
 
@@ -103,10 +110,10 @@ def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
         expected = k / stride
         rank = int(expected + 4 * expected**0.5) + 4
         guess = sample.topk(min(rank, sample.numel())).values[-1]
-        candidates = positions(values >= guess)
+        candidates = _at_least(values, guess)
         if candidates.numel() >= k:
             above = values[candidates]
             smallest = above.topk(k, sorted=False).values.amin()
             return candidates[above >= smallest], smallest
     smallest = values.topk(k, sorted=False).values.amin()
-    return positions(values >= smallest), smallest
+    return _at_least(values, smallest), smallest

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from masksl import bench
+from masksl.bench import compress as bench
 from masksl.compress import decode, make
 
 
 def test_rows_are_complete() -> None:
-    rows = bench.compress(repeats=1, sizes=(2,))
+    rows = bench.measure(repeats=1, sizes=(2,))
     assert len(rows) == 2 * len(bench.CASES) + 1
     for row in rows:
         assert row["factor"] == pytest.approx(4 * row["elements"] / row["bytes"])

@@ -36,7 +36,7 @@ def test_planes_come_back(
     rng = np.random.default_rng(seed)
     count = int(np.prod(shape, dtype=int))
     symbols = np.minimum(rng.exponential(skew, count), alphabet - 1).astype(np.uint8)
-    coded = entropy.encode_plane(symbols, alphabet, shape)
+    coded = entropy.encode_plane(entropy.Plane(symbols, alphabet, shape))
     decoded = entropy.decode_plane(memoryview(coded), alphabet, shape)
     assert np.array_equal(decoded, symbols)
 
@@ -51,7 +51,7 @@ def test_every_kind_of_plan_comes_back(context: int, groups: int) -> None:
     links = (np.arange(entropy._NEIGHBOURS[context] * count) % 5).astype(np.uint8)
     codes = np.full((5, 8), 40, np.uint8)
     plan = entropy.Plan(context, assigned, (1, 2, 3, 1, 2), links, codes, 0, 0)
-    coded = entropy.encode_plane(symbols, 8, shape, plan)
+    coded = entropy.encode_plane(entropy.Plane(symbols, 8, shape), plan)
     assert np.array_equal(entropy.decode_plane(memoryview(coded), 8, shape), symbols)
 
 
@@ -80,8 +80,8 @@ def test_length_is_the_entropy(kind: str) -> None:
     symbols = entropy.decode_plane(plane, alphabet, shape)
     side = 8 * (len(frame) - len(plane)) + 8 * (entropy._HEADER.size + alphabet + 20)
     assert 8 * len(frame) <= 1.03 * order_0(symbols) + side
-    plan = entropy.make_plan(symbols, alphabet, shape)
-    coded = entropy.encode_plane(symbols, alphabet, shape, plan)
+    plan = entropy.make_plan(entropy.Plane(symbols, alphabet, shape))
+    coded = entropy.encode_plane(entropy.Plane(symbols, alphabet, shape), plan)
     assert 8 * len(coded) <= 1.05 * plan.bits + 1.3 * plan.side_bits + 400
     if kind == "maps":
         assert plan.context != entropy.NONE
@@ -209,7 +209,7 @@ def test_context_pays_on_maps_alone() -> None:
 def test_broken_planes_are_refused() -> None:
     shape = (4, 3, 8, 8)
     symbols = (smooth(shape) * 2).clamp(max=3).to(torch.uint8).numpy().ravel()
-    coded = entropy.encode_plane(symbols, 4, shape)
+    coded = entropy.encode_plane(entropy.Plane(symbols, 4, shape))
     with pytest.raises(FrameError, match="no header"):
         entropy.decode_plane(memoryview(coded[:5]), 4, shape)
     with pytest.raises(FrameError, match="unknown context"):

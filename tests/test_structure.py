@@ -33,7 +33,8 @@ IMPORTS = {
         *("messages", "model", "results", "seeds", "settings", "strategy"),
     },
     "modules": {"compress"},
-    "bench": {"compress"},
+    "bench": {"bench", "compress", "dataset", "model", "seeds"},
+    "report": set(),
     "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
     "engine": {"engine"},
 }

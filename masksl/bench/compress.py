@@ -1,12 +1,10 @@
-"""Benchmarks: ``python -m masksl.bench compress``.
+"""The compressors' speed and size, on made-up data.
 
 Every compressor at the paper's settings, at three sizes, on ReLU-like and on signed
 data; beside ``ms`` a straightforward PyTorch version of the published procedure, timed
 in turn with it. Times are medians.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from statistics import median
@@ -124,7 +122,7 @@ def _row(
     }
 
 
-def compress(repeats: int, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
+def measure(repeats: int, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
     """Return the rows of all sizes and kinds of data."""
     rows = []
     for samples in sizes:
@@ -164,22 +162,3 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['error']:.4f}",
         )
     Console(width=150).print(table)
-
-
-def main() -> None:
-    """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
-    parser.add_argument("benchmark", choices=["compress"])
-    parser.add_argument("--repeats", type=int, default=7, help="times each is timed")
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
-    parser.add_argument("--json", default="bench_compress.json", help="file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = compress(arguments.repeats)
-    with open(arguments.json, "w", encoding="utf-8") as file:
-        json.dump({"threads": arguments.threads, "rows": rows}, file, indent=1)
-    show(rows)
-
-
-if __name__ == "__main__":
-    main()

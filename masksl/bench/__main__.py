@@ -1,0 +1,72 @@
+"""Command line of the benchmarks.
+
+Each prints a table and writes its rows as JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masksl.bench import activations, compress
+from masksl.dataset import DATASETS
+from masksl.model import ARCHITECTURES
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+
+    speed = commands.add_parser("compress", help="speed and size of every compressor")
+    speed.add_argument("--repeats", type=int, default=7, help="times each is timed")
+
+    targets = commands.add_parser(
+        "activations", help="bits of ec and ms at one error, on CIFAR-10 activations"
+    )
+    targets.add_argument(
+        "--vgg19-images", type=int, default=20_000, help="images that VGG19 trains on"
+    )
+
+    curves = commands.add_parser(
+        "figure2", help="error against bits of every compressor, on activations"
+    )
+    curves.add_argument("--model", choices=ARCHITECTURES, default="small_cnn")
+    curves.add_argument("--dataset", choices=DATASETS, default="digits")
+    curves.add_argument("--images", type=int, help="images to train on, default all")
+    curves.add_argument("--lr", type=float, default=0.05, help="learning rate")
+
+    for command in (speed, targets, curves):
+        command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
+        command.add_argument("--json", help="file to write, default bench_NAME.json")
+    for command in (targets, curves):
+        command.add_argument("--root", default="data", help="folder of the data sets")
+    run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run a benchmark, print its table, write its rows."""
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"threads": arguments.threads}
+    match arguments.benchmark:
+        case "compress":
+            result["rows"] = compress.measure(arguments.repeats)
+            compress.show(result["rows"])
+        case "activations":
+            result["rows"] = activations.targets(arguments.root, arguments.vgg19_images)
+            activations.show_targets(result["rows"])
+        case "figure2":
+            network = activations.Network(
+                arguments.model, arguments.dataset, arguments.images, arguments.lr
+            )
+            result |= activations.figure2(network, arguments.root)
+            activations.show_figure2(result)
+    path = Path(arguments.json or f"bench_{arguments.benchmark}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

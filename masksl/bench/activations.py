@@ -1,0 +1,236 @@
+"""What compressors do to the activations of a briefly trained network.
+
+The first 256 training images are left out of the training; their activations, as the
+client would send them in a training step, are what is compressed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from masksl import model, seeds
+from masksl.compress import decode, make
+from masksl.dataset import DatasetConfig, load
+
+HELD_OUT = 256  # images, the first ones
+BATCH = 100
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and its training: one epoch at seed 0.
+
+    Parameters
+    ----------
+    model, dataset : str
+        Names of the network and of the data set.
+    images : int | None
+        How many training images it sees, all but those held out where it is None.
+    lr : float
+        Learning rate of SGD with momentum 0.9 and weight decay 5e-4.
+    """
+
+    model: str
+    dataset: str
+    images: int | None
+    lr: float
+
+
+def train(network: Network, root: str) -> tuple[model.Units, torch.Tensor, int]:
+    """Train a network on the CPU.
+
+    Parameters
+    ----------
+    network : Network
+        What to train, and on what.
+    root : str
+        Folder of the data sets.
+
+    Returns
+    -------
+    tuple[list[nn.Module], torch.Tensor, int]
+        Its units, the images held out, float32, shape (256, C, H, W), and how many
+        images it has seen.
+    """
+    data = load(DatasetConfig(network.dataset, root))
+    spec = data.spec
+    units = model.build(network.model, spec.classes, spec.channels, seed=0)
+    whole = nn.Sequential(*units).train()
+    optimizer = torch.optim.SGD(
+        whole.parameters(), lr=network.lr, momentum=0.9, weight_decay=5e-4
+    )
+    draws = seeds.generator(0, "briefly trained")
+    rest = len(data.train.labels) - HELD_OUT
+    order = HELD_OUT + torch.randperm(rest, generator=draws)[: network.images]
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        torch.random.default_generator.manual_seed(0)
+        for indices in order.split(BATCH):
+            images, labels = data.train_batch(indices, draws)
+            loss = nn.functional.cross_entropy(whole(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return units, data.train_images(torch.arange(HELD_OUT))[0], len(order)
+
+
+def activation(units: model.Units, cut: int, images: torch.Tensor) -> torch.Tensor:
+    """Return the activation of images at a cut, in training mode."""
+    half, _ = model.split(units, cut)
+    with torch.no_grad():
+        return half.train()(images)
+
+
+def measure(tensor: torch.Tensor, name: str, options: dict[str, Any]) -> Row:
+    """Return what a compressor makes of a tensor.
+
+    Returns
+    -------
+    dict[str, Any]
+        ``bits`` an element, header included; ``error``, the relative error; ``norm``,
+        the 2-norm of the difference.
+    """
+    frame = make(name, **options).encode(tensor)
+    norm = float((decode(frame) - tensor).norm())
+    return {
+        "compressor": name,
+        "options": options,
+        "bits": 8 * len(frame) / tensor.numel(),
+        "error": norm / float(tensor.norm()),
+        "norm": norm,
+    }
+
+
+# --- bits at one error ----------------------------------------------------------------
+
+PAPER_BITS = 2.32  # an element, of ms at 99 % and 2 bits
+MS_BEST = {"values": "bfloat16", "lossless": "auto"}
+
+
+def compare(tensor: torch.Tensor) -> list[Row]:
+    """Return `ms` at the paper's setting, and others at its error or its bits."""
+    paper = measure(tensor, "ms", {})
+    error = paper["error"]
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("ms", {"lossless": "fast"}),
+        ("ms", {"values": "bfloat16", "lossless": "fast"}),
+        ("ms", {"values": "bfloat16", "lossless": "context"}),
+        ("ms", MS_BEST),
+        ("ec", {"error": error}),
+        ("ec", {"error": error, "context": "none"}),
+        ("ec", {"bits": PAPER_BITS}),
+    ]
+    rows = [paper, *(measure(tensor, *other) for other in others)]
+    for row in rows:
+        row["share"] = row["bits"] / PAPER_BITS
+        row["error_ratio"] = row["error"] / error
+    return rows
+
+
+def targets(root: str, vgg19_images: int | None) -> list[Row]:
+    """Return the rows of `compare` for two networks on CIFAR-10 and for noise.
+
+    Parameters
+    ----------
+    root : str
+        Folder that holds CIFAR-10.
+    vgg19_images : int | None
+        Images that VGG19 is trained on; the small CNN sees all 49,744.
+    """
+    rows: list[Row] = []
+    for network, cut in (
+        (Network("small_cnn", "cifar10", None, 0.05), 1),
+        (Network("vgg19", "cifar10", vgg19_images, 0.02), 2),
+    ):
+        units, images, seen = train(network, root)
+        name = f"{network.model}, {cut} of {len(units)} units, {seen:,} images"
+        tensor = activation(units, cut, images)
+        rows += [{"activation": name} | row for row in compare(tensor)]
+    noise = torch.randn(256, 64, 16, 16, generator=torch.Generator().manual_seed(0))
+    return rows + [
+        {"activation": "half-normal noise"} | row for row in compare(noise.abs())
+    ]
+
+
+def show_targets(rows: Iterable[Row]) -> None:
+    """Print rows of `targets` as a table."""
+    table = Table(title=f"share: bits an element over {PAPER_BITS}")
+    for column in ("activation", "compressor"):
+        table.add_column(column)
+    for column in ("bits", "share", "error", "error / ms"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["activation"],
+            label(row),
+            *(f"{row[key]:.3f}" for key in ("bits", "share")),
+            *(f"{row[key]:.4f}" for key in ("error", "error_ratio")),
+        )
+    Console(width=130).print(table)
+
+
+def label(row: Row) -> str:
+    """Return a compressor and its options in a few words."""
+    options = (
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in row["options"].items()
+    )
+    return ", ".join([row["compressor"], *options])
+
+
+# --- error against bits ---------------------------------------------------------------
+
+BUDGETS = range(2, 8)  # q: ms keeps 1 of 32 and has masks of q bits
+FLOATS = {3: (2, 1), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (3, 4), 8: (4, 4)}
+
+
+def settings(budget: int) -> list[tuple[str, dict[str, Any]]]:
+    """Return compressors that count as budget + 1 bits an element in the paper."""
+    share = budget / 32
+    exponent, mantissa = FLOATS[budget + 1]
+    return [
+        ("qu", {"bits": budget + 1}),
+        ("qq", {"bits": budget + 1}),
+        ("fp", {"exponent": exponent, "mantissa": mantissa}),
+        ("sp", {"sparsity": 1 - share}),
+        ("rt", {"sparsity": 1 - share}),
+        ("ms", {"sparsity": 1 - 1 / 32, "bits": budget}),
+        ("ms", {"sparsity": 1 - 1 / 32, "bits": budget, "lossless": "context"}),
+        ("ec", {"bits": float(budget + 1)}),
+        ("ec", {"bits": (budget + 1) / 4}),
+    ]
+
+
+def figure2(network: Network, root: str) -> dict[str, Any]:
+    """Return error and bits of all `settings` at the named cuts of a network."""
+    units, images, seen = train(network, root)
+    rows = []
+    for cut, count in model.ARCHITECTURES[network.model].cuts.items():
+        tensor = activation(units, count, images)
+        shape = "x".join(map(str, tensor.shape))
+        for budget in BUDGETS:
+            for name, options in settings(budget):
+                row = {"cut": cut, "shape": shape, "budget": budget + 1}
+                rows.append(row | measure(tensor, name, options))
+    return {"network": asdict(network) | {"images": seen}, "rows": rows}
+
+
+def show_figure2(result: dict[str, Any]) -> None:
+    """Print the rows of `figure2` as a table."""
+    network = Network(**result["network"])
+    title = f"{network.model}, {network.dataset}, {network.images:,} images"
+    table = Table(title=title)
+    for column in ("cut", "compressor"):
+        table.add_column(column)
+    for column in ("bits", "relative error", "2-norm of the error"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        figures = f"{row['bits']:.3f}", f"{row['error']:.4f}", f"{row['norm']:.1f}"
+        table.add_row(row["cut"], label(row), *figures)
+    Console(width=110).print(table)
