@@ -963,17 +963,11 @@ class EntropyCodedQuantization(Compressor):
             return at(
                 scalar.search(lambda w: sample.error(at(w)), target, bounds, True)
             )
-        # What a few samples cost is found quickly; what that is off by, once.
-        part, part_shape = scalar.some_samples(magnitude, shape, 2**18)
-        count = magnitude.numel()
 
-        def estimate(step: float) -> float:
-            return self._bits_of(at(step), part, part_shape, signed, count)
+        def cost(quantizer: scalar.Quantizer) -> float:
+            return self._bits_of(quantizer, magnitude, shape, signed)
 
-        step = scalar.search(estimate, self.bits, bounds, False)
-        whole = self._bits_of(at(step), magnitude, shape, signed, count)
-        target = self.bits * estimate(step) / whole
-        return at(scalar.search(estimate, target, bounds, False))
+        return scalar.meet_bits(self.bits, at, sample, bounds, cost)
 
     def _bits_of(
         self,
@@ -981,9 +975,8 @@ class EntropyCodedQuantization(Compressor):
         magnitude: Tensor,
         shape: Shape,
         signed: bool,
-        count: int,
     ) -> float:
-        """Return about how many bits an element takes in a tensor of so many."""
+        """Return about how many bits an element the frame will take."""
         symbols = quantizer.symbols(magnitude)
         alphabet = int(symbols.amax()) + 1
         plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
@@ -991,4 +984,4 @@ class EntropyCodedQuantization(Compressor):
         beside = 32 * alphabet + plan.side_bits
         signs = 1 - float(share[0]) if signed else 0.0
         exact = 32 * float(share[scalar.Quantizer.LAST :].sum())
-        return plan.bits / plane.symbols.size + signs + exact + beside / count
+        return (plan.bits + beside) / plane.symbols.size + signs + exact

@@ -233,12 +233,13 @@ def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
     maps, counts, alphabet = plane.maps, plane.counts, plane.alphabet
     bounds = (*_class_bounds(counts, 4), *_class_bounds(counts, 3))
     groups = np.zeros(maps.channels, np.uint8)
-    best = _plan(NONE, groups, bounds, counts[None])
+    best = _plan(NONE, groups, bounds, counts[None].astype(np.float64))
     if not (spatial and maps.height > 1 and maps.width > 1):
         return best
     # Tables that few symbols would share cannot pay: channels are then all alike.
     size = _NEIGHBOURS[FINE] * alphabet
-    channels = maps.channels if maps.channels * size <= plane.symbols.size else 1
+    many = maps.channels * size > 4 * plane.symbols.size
+    channels = 1 if many else maps.channels
     channel = np.arange(maps.channels, dtype=np.int32) % channels * size
     cells = plane.contexts(bounds) * np.int32(alphabet)
     cells += np.tile(channel, maps.batch)
@@ -381,10 +382,15 @@ def _plan(
 
 def _sum_by(labels: np.ndarray, counts: np.ndarray, number: int) -> np.ndarray:
     """Return the sums of rows of one label, float64, shape (number, ...)."""
-    member = np.zeros((number, len(labels)))
-    member[labels, np.arange(len(labels))] = 1
-    flat = member @ counts.reshape(len(labels), -1)
-    return flat.reshape(number, *counts.shape[1:])
+    flat = torch.from_numpy(counts.reshape(len(labels), -1))
+    sums = torch.zeros(number, flat.shape[1], dtype=torch.float64)
+    sums.index_add_(0, torch.from_numpy(labels.astype(np.int64)), flat)
+    return sums.numpy().reshape(number, *counts.shape[1:])
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the matrix product, on the threads that PyTorch has been given."""
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def _link(counts: np.ndarray, tables: int) -> np.ndarray:
@@ -406,7 +412,7 @@ def _link(counts: np.ndarray, tables: int) -> np.ndarray:
     if contexts <= tables:
         return np.arange(contexts, dtype=np.uint8)
     mass = counts.sum(1)
-    mean = (counts @ np.arange(alphabet)) / np.maximum(mass, 1)
+    mean = (counts * np.arange(alphabet)).sum(1) / np.maximum(mass, 1)
     order = np.argsort(mean, kind="stable")
     half = mass + mass.sum() / contexts  # by mass and by number
     rank = np.cumsum(half[order])
@@ -415,7 +421,7 @@ def _link(counts: np.ndarray, tables: int) -> np.ndarray:
     for _ in range(5):
         merged = _sum_by(links, counts, tables) + 0.05
         lengths = -np.log2(merged / merged.sum(1, keepdims=True))
-        nearest = (counts @ lengths.T).argmin(1).astype(np.uint8)
+        nearest = _product(counts, lengths.T).argmin(1).astype(np.uint8)
         if np.array_equal(nearest, links):
             break
         links = nearest
@@ -451,7 +457,7 @@ def _cluster(tables: np.ndarray, count: int) -> np.ndarray:
     for _ in range(6):
         merged = _sum_by(groups, tables, count) + 0.1
         lengths = -np.log2(merged / merged.sum(2, keepdims=True)).reshape(count, -1)
-        nearest = (flat @ lengths.T).argmin(1).astype(np.uint8)
+        nearest = _product(flat, lengths.T).argmin(1).astype(np.uint8)
         if np.array_equal(nearest, groups):
             break
         groups = nearest

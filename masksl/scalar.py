@@ -8,7 +8,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-_BLOCK = 2**18  # elements that are worked on together, so that they stay in the cache
+_TRIES = 8  # at a budget
+_CLOSE = 0.004  # relative, near enough to it
+_BLOCK = 2**20  # elements that are worked on together, so that they stay in the cache
 
 
 def to_symbols(
@@ -153,16 +155,41 @@ def search(
     return math.exp(low if rising else high)
 
 
-def some_samples(
-    magnitude: torch.Tensor, shape: tuple[int, ...], size: int
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Return samples spread over the batch, about ``size`` elements, and their shape.
+def meet_bits(
+    target: float,
+    at: Callable[[float], Quantizer],
+    sample: Sample,
+    bounds: tuple[float, float],
+    cost: Callable[[Quantizer], float],
+) -> Quantizer:
+    """Return the quantiser that costs so many bits.
 
-    What is no batch of maps comes back whole.
+    The entropy of a sample, which is found quickly, tells the step; what it is off by
+    is measured a few times.
+
+    Parameters
+    ----------
+    target : float
+        Bits an element.
+    at : Callable[[float], Quantizer]
+        The quantiser of a step.
+    sample : Sample
+        Some of the magnitudes.
+    bounds : tuple[float, float]
+        Logarithms of the least and the largest step.
+    cost : Callable[[Quantizer], float]
+        What a quantiser really costs, in bits an element.
     """
-    if len(shape) < 4:
-        return magnitude, shape
-    rows = shape[0]
-    some = max(1, min(rows, rows * size // magnitude.numel()))
-    spread = torch.arange(some, device=magnitude.device) * rows // some
-    return magnitude.view(rows, -1)[spread].view(-1), (some, *shape[1:])
+    aim, slope = math.log(target), 1.0
+    found: list[tuple[float, float, Quantizer]] = []  # off by, aim
+    for _ in range(_TRIES):
+        wanted = math.exp(aim)
+        step = search(lambda w, b=wanted: sample.bits(at(w)) - b, 0, bounds, False)
+        off = math.log(cost(at(step)) / target)
+        found.append((off, aim, at(step)))
+        if abs(off) < _CLOSE:
+            break
+        if len(found) > 1 and found[-2][1] != aim:
+            slope = (off - found[-2][0]) / (aim - found[-2][1])
+        aim -= off / min(max(slope, 0.5), 4.0)
+    return min(found, key=lambda each: abs(each[0]))[2]

@@ -34,7 +34,7 @@ IMPORTS = {
     },
     "modules": {"compress"},
     "bench": {"bench", "compress", "dataset", "model", "seeds"},
-    "report": set(),
+    "report": {"results"},
     "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
     "engine": {"engine"},
 }
