@@ -183,8 +183,7 @@ def meet_bits(
     aim, slope = math.log(target), 1.0
     found: list[tuple[float, float, Quantizer]] = []  # off by, aim
     for _ in range(_TRIES):
-        wanted = math.exp(aim)
-        step = search(lambda w, b=wanted: sample.bits(at(w)) - b, 0, bounds, False)
+        step = search(lambda w: sample.bits(at(w)), math.exp(aim), bounds, False)
         off = math.log(cost(at(step)) / target)
         found.append((off, aim, at(step)))
         if abs(off) < _CLOSE:
