@@ -27,7 +27,7 @@ size    type  field
         zstd  with more than one group, the group of every channel; for every group
               and context, its table; the tables, a byte a symbol, -16 log2 of its
               probability
-        u32s  the coder's words
+        u32s  the coder's words, the last of them not zero
 ======  ====  ==========================================================
 """
 
@@ -457,7 +457,10 @@ def _read_header(
         raise FrameError("coded plane names groups or tables that it does not have")
     codes = side[sent + links :].reshape(tables, alphabet)
     plan = Plan(context, groups, tuple(bounds), linked, codes, 0, 0)
-    return plan, np.frombuffer(payload[_HEADER.size + length :], "<u4")
+    coded = np.frombuffer(payload[_HEADER.size + length :], "<u4")
+    if words and not coded[-1]:
+        raise FrameError("coded plane ends in a word of zeros, which no coder writes")
+    return plan, coded
 
 
 def deflate(data: memoryview) -> bytes:
