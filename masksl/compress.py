@@ -516,7 +516,7 @@ class FloatQuantization(Compressor):
             raise FrameError(f"fp frame declares {exponent} + {mantissa} bits")
         levels = cls.levels(exponent, mantissa)
         most = max(torch.finfo(header.dtype).max, 1.0)
-        if not 0 <= factor * levels[-1].item() <= most * (1 + 1e-9):
+        if not (factor == 1 or 0 <= factor * levels[-1].item() <= most * (1 + 1e-9)):
             raise FrameError(f"fp frame declares the scale {factor}")
         levels = (levels * factor).clamp_(max=most)
         signs, plane = planes.split(header, payload, planes.sign_bytes(header, signed))
@@ -565,9 +565,6 @@ class Sparsification(Compressor):
     lossless: str = "none"
 
     _PARAMS: ClassVar[struct.Struct] = struct.Struct("<QBBB")
-    # Positions travel as a bitmap (raw or through the lossless stage) or as these.
-    _INDICES: ClassVar[int] = 16
-    _GAPS: ClassVar[int] = 17
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -587,26 +584,11 @@ class Sparsification(Compressor):
         magnitude = planes.working(flat).abs().view(rows, -1)
         chosen = self.select(magnitude, kept, seed=seed, training=training)
         values = planes.narrow(flat[chosen], self.values, self.name)
-        form, coded = self._write_positions(chosen, flat.numel(), shape)
+        form, coded = planes.write_positions(
+            chosen, shape, self.lossless, gaps=self.positions == "auto"
+        )
         scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
         return self._PARAMS.pack(kept, scope, dtype, form), [values, coded]
-
-    def _write_positions(
-        self, chosen: Tensor, count: int, shape: Shape
-    ) -> tuple[int, wire.Part]:
-        """Return form and bytes of the kept positions, the smallest that is allowed."""
-        mask = torch.zeros(count, dtype=torch.uint8, device=chosen.device)
-        mask[chosen] = 1
-        form, coded = planes.write_plane(mask, 1, shape, self.lossless)
-        size = len(coded) if isinstance(coded, bytes) else coded.numel()
-        if 4 * chosen.numel() < size and count <= 2**31:
-            form, coded = self._INDICES, chosen.to(torch.int32)
-            size = 4 * chosen.numel()
-        if self.positions == "auto":
-            gaps = entropy.encode_gaps(chosen.cpu().numpy(), count)
-            if gaps is not None and len(gaps) < size:
-                form, coded = self._GAPS, gaps
-        return form, coded
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -614,34 +596,10 @@ class Sparsification(Compressor):
         kept *= _check_kept(header, kept, scope)
         dtype = planes.value_dtype(header, code)
         sent, coded = planes.split(header, payload, kept * dtype.itemsize)
-        chosen = cls._read_positions(header, coded, kept, form, device)
+        chosen = planes.read_positions(header, coded, kept, form, device)
         values = planes.read_values(header, sent, dtype, device).to(header.dtype)
         flat = values.new_zeros(header.elements)
         return flat.index_copy_(0, chosen, values)
-
-    @classmethod
-    def _read_positions(
-        cls,
-        header: Header,
-        coded: memoryview,
-        kept: int,
-        form: int,
-        device: Device,
-    ) -> Tensor:
-        if form == cls._GAPS:
-            gaps = entropy.decode_gaps(coded, kept, header.elements)
-            return torch.from_numpy(gaps).to(device)
-        if form != cls._INDICES:
-            mask = planes.read_plane(header, coded, 1, form, device, marked=(1, kept))
-            return topk.positions(mask.view(torch.bool))
-        wire.check_payload(header, coded, 4 * kept)
-        for part in wire.chunks(coded, "<u4"):
-            if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):
-                raise FrameError(
-                    f"{header.compressor} frame has indices that do not ascend "
-                    f"within its {header.elements} elements"
-                )
-        return wire.to_tensor(coded, torch.int32, device).long()
 
 
 @register
@@ -900,13 +858,16 @@ class EntropyCodedQuantization(Compressor):
         )
         wire.check_payload(header, payload, sum(sizes) + wire.packed_size(count, 1))
         sent, exact, coded, signs = planes.split(header, payload, *sizes)
+        centroids = planes.read_values(header, sent, dtype, device)
+        if bool((centroids.abs() > torch.finfo(header.dtype).max).any()):
+            raise FrameError(f"ec frame holds centroids that no {header.dtype} can be")
         plane = entropy.decode_plane(coded, alphabet, header.shape)
         planes.check_marked(
             header, int((plane == scalar.Quantizer.LAST).sum()), outliers
         )
         symbols = torch.from_numpy(plane).to(device)
         table = torch.zeros(256, dtype=dtype, device=device)
-        table[first : first + regular] = planes.read_values(header, sent, dtype, device)
+        table[first : first + regular] = centroids
         flat = table.index_select(0, symbols.to(torch.int32))
         nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
         planes.check_marked(header, nonzero.numel(), count)

@@ -30,7 +30,7 @@ size    type  field
         zstd  with more than one group, the group of every channel; for every group
               and context, its table; the tables, a byte a symbol: the weight of
               code c is 2**(24 - c / 16), rounded, that of 255 is 0
-        u32s  the coder's words
+        u32s  the coder's words, the last of them not zero
 ======  ====  ==========================================================
 """
 
@@ -505,7 +505,10 @@ def _read_header(
         raise FrameError("coded plane names groups or tables that it does not have")
     codes = side[sent + links :].reshape(tables, alphabet)
     plan = Plan(context, groups, tuple(bounds), linked, codes, 0, 0)
-    return plan, np.frombuffer(payload[_HEADER.size + length :], "<u4")
+    coded = np.frombuffer(payload[_HEADER.size + length :], "<u4")
+    if words and not coded[-1]:
+        raise FrameError("coded plane ends in a word of zeros, which no coder writes")
+    return plan, coded
 
 
 def deflate(data: memoryview) -> bytes:

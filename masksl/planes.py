@@ -1,12 +1,16 @@
-"""What payloads are made of: values, signs, and planes of symbols.
+"""What payloads are made of: values, signs, planes of symbols, and positions.
 
 A plane holds one small symbol for every element. It travels bit-packed, or through a
-lossless stage where that makes it smaller.
+lossless stage where that makes it smaller. The positions of kept elements travel as a
+plane of one bit, as indices or as gaps.
 """
 
+import math
+
+import numpy as np
 import torch
 
-from masksl import entropy, wire
+from masksl import entropy, topk, wire
 from masksl.wire import FrameError
 
 VALUES = ("float32", "bfloat16", "float16")
@@ -14,6 +18,7 @@ LOSSLESS = ("none", "fast", "context", "auto")
 
 _HALF = (torch.float16, torch.bfloat16)
 _RAW, _FAST, _CONTEXT = 0, 1, 2  # how a plane of symbols travels
+_INDICES, _GAPS = 16, 17  # how positions travel that are no plane
 
 
 class NotFiniteError(ValueError):
@@ -167,6 +172,61 @@ def read_plane(
         check_marked(header, found, marked[1])
     packed = wire.to_tensor(payload, torch.uint8, device)
     return wire.unpack_bits(packed, count, bits)
+
+
+def write_positions(
+    chosen: torch.Tensor, shape: tuple[int, ...], lossless: str, *, gaps: bool
+) -> tuple[int, wire.Part]:
+    """Return how positions travel, and their bytes: the smallest that is allowed.
+
+    Parameters
+    ----------
+    chosen : torch.Tensor
+        int64, shape (k,): ascending positions in the flat tensor.
+    shape : tuple[int, ...]
+        Shape of the tensor.
+    lossless : str
+        Stage over the bitmap, see `write_plane`.
+    gaps : bool
+        Whether the gaps between positions may be coded.
+    """
+    count = math.prod(shape)
+    mask = torch.zeros(count, dtype=torch.uint8, device=chosen.device)
+    mask[chosen] = 1
+    form, coded = write_plane(mask, 1, shape, lossless)
+    size = len(coded) if isinstance(coded, bytes) else coded.numel()
+    if 4 * chosen.numel() < size and count <= 2**31:
+        form, coded = _INDICES, chosen.to(torch.int32)
+        size = 4 * chosen.numel()
+    if gaps:
+        coded_gaps = entropy.encode_gaps(chosen.cpu().numpy(), count)
+        if coded_gaps is not None and len(coded_gaps) < size:
+            form, coded = _GAPS, coded_gaps
+    return form, coded
+
+
+def read_positions(
+    header: wire.Header,
+    payload: memoryview,
+    kept: int,
+    form: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """Undo `write_positions`: int64, shape (kept,), ascending, within the elements."""
+    if form == _GAPS:
+        gaps = entropy.decode_gaps(payload, kept, header.elements)
+        return torch.from_numpy(gaps).to(device)
+    if form != _INDICES:
+        mask = read_plane(header, payload, 1, form, device, marked=(1, kept))
+        return topk.positions(mask.view(torch.bool))
+    wire.check_payload(header, payload, 4 * kept)
+    for part in wire.chunks(payload, "<u4"):
+        if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):
+            raise FrameError(
+                f"{header.compressor} frame has indices that do not ascend "
+                f"within its {header.elements} elements"
+            )
+    return wire.to_tensor(payload, torch.int32, device).long()
 
 
 def check_marked(header: wire.Header, found: int, kept: int) -> None:

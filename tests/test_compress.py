@@ -35,6 +35,7 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("fp", {"exponent": 2, "mantissa": 1}),
     ("fp", {"exponent": 4, "mantissa": 3, "lossless": "auto"}),
     ("fp", {"exponent": 3, "mantissa": 2, "scale": "none"}),
+    ("fp", {"exponent": 5, "mantissa": 1, "scale": "none"}),
     ("sp", {"sparsity": 0.9}),
     ("sp", {"sparsity": 0.99}),
     ("sp", {"sparsity": 0.9, "positions": "auto", "lossless": "auto"}),
@@ -51,6 +52,10 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("ec", {"error": 0.05, "context": "none"}),
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+KINDS = [
+    *("normal", "relu", "ties", "zero", "constant", "sparse"),
+    *("negative", "outlier", "tiny"),
+]
 
 
 def payload_of(frame: bytes) -> bytes:
@@ -118,7 +123,53 @@ def test_mask_of_one_bit_is_plain_top_k() -> None:
     assert torch.equal(masked, decode(make("sp", sparsity=0.9).encode(tensor)))
 
 
-@pytest.mark.parametrize("name", ["sp", "ms"])
+def test_random_top_k_without_chance_is_top_k() -> None:
+    for tensor in (torch.randn(50, 40), torch.randn(4, 5, 6, 7).relu()):
+        for scope in ("tensor", "sample"):
+            options = {"sparsity": 0.9, "scope": scope}
+            top = decode(make("sp", **options).encode(tensor))
+            drawn = make("rt", **options, alpha=0).encode(tensor, seed=3)
+            assert torch.equal(decode(drawn), top)
+
+
+def test_random_top_k_draws_by_its_weights() -> None:
+    """The share of draws from outside the k largest, against the definition."""
+    tensor, k, draws = torch.arange(1.0, 21), 4, 4000
+    compressor = make("rt", sparsity=0.8, alpha=0.3)
+    kept = torch.zeros(20)
+    for seed in range(draws):
+        kept += decode(compressor.encode(tensor, seed=seed)) != 0
+    weights = [0.3 / 16] * 16 + [0.7 / 4] * 4
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(
+        torch.tensor(weights).expand(draws, 20), k, False, generator=generator
+    )
+    expected = torch.bincount(drawn.ravel(), minlength=20)
+    assert int(kept.sum()) == draws * k
+    for part in (slice(0, 16), slice(16, 20)):
+        share = float(kept[part].sum()) / (draws * k)
+        assert share == pytest.approx(
+            float(expected[part].sum()) / (draws * k), abs=0.02
+        )
+    # All of a part are alike.
+    assert float(kept[:16].std()) < 0.2 * float(kept[:16].mean())
+    assert float(kept[16:].std()) < 0.05 * float(kept[16:].mean())
+
+
+def test_random_top_k_draws_beyond_2_to_the_24() -> None:
+    count = 2**24 + 1001
+    tensor = torch.ones(count)
+    tensor[-1000:] = 2.0
+    frame = make("rt", sparsity=0.99, alpha=0.5).encode(tensor, seed=1)
+    decoded = decode(frame)
+    kept = round(count / 100 - 0.5)
+    assert int((decoded != 0).sum()) == kept
+    # The 1,000 largest are among the k largest, which half of the weight is on.
+    assert int((decoded[2**24 :] == 2).sum()) > 300
+    assert int((decoded[: 2**23] != 0).sum()) == pytest.approx(kept / 2, rel=0.5)
+
+
+@pytest.mark.parametrize("name", ["sp", "rt", "ms"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keeping_everything_is_lossless(name: str, dtype: torch.dtype) -> None:
     tensor = torch.randn(30, 7).to(dtype)
@@ -198,7 +249,7 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=5).map(tuple)
     case=st.sampled_from(ALL),
     shape=shapes,
     dtype=st.sampled_from(DTYPES),
-    kind=st.sampled_from(["normal", "relu", "ties", "zero", "constant", "sparse"]),
+    kind=st.sampled_from(KINDS),
     layout=st.sampled_from(["plain", "transposed", "strided"]),
     seed=st.integers(0, 2**32),
 )
@@ -242,6 +293,12 @@ def special(
             return torch.full(shape, -1.5)
         case "sparse":
             return normal * (torch.rand(shape, generator=generator) < 0.05)
+        case "negative":
+            return -normal.abs()
+        case "outlier":
+            return torch.where(normal == normal.max(), 3e4, normal)
+        case "tiny":  # at the edge of float16's range, below its normal numbers
+            return normal * 1e-6
     return normal
 
 
@@ -365,12 +422,40 @@ def test_large_selection_is_exact(case: tuple[str, Any]) -> None:
             assert int((decoded != 0).sum()) == int((tensor[order] != 0).sum())
 
 
-@pytest.mark.parametrize("name", ["none", "sp", "ms"])
-def test_decoding_then_encoding_changes_nothing_more(name: str) -> None:
-    options = {} if name == "none" else {"sparsity": 0.9}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("none", {}),
+        ("none", {"values": "bfloat16"}),
+        ("qu", {"bits": 3}),
+        ("qu", {"bits": 9}),
+        ("qq", {"bits": 4}),
+        ("fp", {"exponent": 3, "mantissa": 2}),
+        ("fp", {"exponent": 3, "mantissa": 2, "scale": "none"}),
+        ("sp", {"sparsity": 0.9}),
+        ("sp", {"sparsity": 0.9, "scope": "sample", "values": "float16"}),
+        ("rt", {"sparsity": 0.9}),
+        ("ms", {"sparsity": 0.9}),
+        ("ms", {"sparsity": 0.9, "bits": 4, "scope": "sample"}),
+    ],
+)
+def test_decoding_then_encoding_changes_nothing_more(name: str, options: Any) -> None:
     compressor = make(name, **options)
-    once = decode(compressor.encode(torch.randn(500).relu()))
-    assert torch.equal(decode(compressor.encode(once)), once)
+    for tensor in (torch.randn(50, 10), torch.randn(50, 10).relu()):
+        once = decode(compressor.encode(tensor, training=False))
+        assert torch.equal(decode(compressor.encode(once, training=False)), once)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("qu", {"rounding": "stochastic"}), ("rt", {"sparsity": 0.9, "alpha": 0.3})],
+)
+def test_seeds_matter_to_what_is_drawn_alone(name: str, options: Any) -> None:
+    tensor, compressor = torch.randn(500), make(name, **options)
+    frames = {compressor.encode(tensor, seed=seed) for seed in (1, 2, 2, 3)}
+    assert len(frames) == 3
+    plain = make("ms").encode(tensor, seed=1)
+    assert plain == make("ms").encode(tensor, seed=2)
 
 
 def test_counts_are_decimal() -> None:

@@ -1,16 +1,21 @@
 """Entropy coding: lossless, as short as the entropy allows, and what it refuses."""
 
+import struct
+from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import zstandard
 from hypothesis import strategies as st
+from torch import nn
 
-from masksl import entropy, wire
+from masksl import dataset, entropy, model, wire
 from masksl.compress import decode, make
 from masksl.wire import FrameError
+from tests.test_sizes import before_plane, fields_of
 
 
 def smooth(shape: tuple[int, ...], seed: int = 0, signed: bool = False) -> torch.Tensor:
@@ -23,8 +28,8 @@ def smooth(shape: tuple[int, ...], seed: int = 0, signed: bool = False) -> torch
     return maps if signed else maps.relu()
 
 
-@settings(deadline=None, max_examples=150)
-@given(
+@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=0, max_size=5).map(tuple),
     alphabet=st.integers(1, 256),
     skew=st.floats(0.05, 3),
@@ -55,51 +60,127 @@ def test_every_kind_of_plan_comes_back(context: int, groups: int) -> None:
     assert np.array_equal(entropy.decode_plane(memoryview(coded), 8, shape), symbols)
 
 
-def order_0(symbols: np.ndarray) -> float:
-    """Return the empirical entropy of symbols in bits, all of them together."""
-    counts = np.bincount(symbols)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum() * len(symbols))
+def conditional(contexts: np.ndarray, symbols: np.ndarray) -> float:
+    """Return the empirical entropy of symbols given their contexts, in bits."""
+    joint = np.bincount(256 * contexts + symbols)
+    alike = np.bincount(contexts)
+    of_context, of_cell = alike[alike > 0], joint[joint > 0]
+    sums = [float((n * np.log2(n)).sum()) for n in (of_context, of_cell)]
+    return sums[0] - sums[1]
+
+
+def contexts_of(
+    part: bytes, symbols: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """Return the context of every symbol by what a coded plane says, and its words.
+
+    Written out from the layout: 36 left + 9 above + 3 above left + above right, or 4
+    left + above, and so many for each group of channels.
+    """
+    kind, groups, _, *bounds, length = struct.unpack_from("<BBB5BI", part)
+    words = part[12 + length :]
+    if kind == entropy.NONE:
+        return np.zeros(len(symbols), int), len(words)
+    side = zstandard.ZstdDecompressor().decompress(part[12:][:length])
+    group = np.zeros(shape[1], int)
+    if groups > 1:
+        group = np.frombuffer(side[: shape[1]], np.uint8).astype(int)
+    maps = np.pad(symbols.reshape(shape).astype(int), ((0, 0), (0, 0), (1, 0), (1, 1)))
+    four, three = (
+        (maps[..., None] >= np.array(least)).sum(-1)
+        for least in (bounds[:3], bounds[3:])
+    )
+    for edges in (four, three):
+        edges[:, :, 0] = edges[:, :, :, 0] = edges[:, :, :, -1] = 0
+    context = 4 * four[:, :, 1:, :-2] + four[:, :, :-1, 1:-1]
+    if kind == entropy.FINE:
+        corners = 3 * three[:, :, :-1, :-2] + three[:, :, :-1, 2:]
+        context = 9 * context + corners
+    context += (144 if kind == entropy.FINE else 16) * group[:, None, None]
+    return context.ravel(), len(words)
+
+
+def check_lengths(tensor: torch.Tensor, error: float) -> dict[str, int]:
+    """Hold frames of `ec` against the entropy of their symbols; return their sizes."""
+    shape, sizes = tuple(tensor.shape), {}
+    for context, share in (("none", 1.03), ("spatial", 1.05)):
+        frame = make("ec", error=error, context=context).encode(tensor)
+        header, payload = wire.parse(frame)
+        alphabet, *_, length, signs = fields_of(header)
+        part = bytes(payload[before_plane(header) :][:length])
+        symbols = entropy.decode_plane(memoryview(part), alphabet, shape)
+        contexts, words = contexts_of(part, symbols, shape)
+        assert context == "spatial" or not contexts.any()
+        side = 8 * (len(frame) - words)  # all but the coder's words
+        bound = conditional(contexts, symbols)
+        assert 0.999 * bound < 8 * words + 64  # rare bytes are rounded up
+        assert 8 * len(frame) <= share * bound + side
+        assert side - signs < 0.02 * 8 * len(frame)
+        assert bound <= conditional(np.zeros_like(contexts), symbols)
+        sizes[context] = len(frame)
+    return sizes
 
 
 @pytest.mark.parametrize("kind", ["half-normal", "exponential", "uniform", "maps"])
-def test_length_is_the_entropy(kind: str) -> None:
+@pytest.mark.parametrize("error", [0.05, 0.25])
+def test_length_is_the_entropy(kind: str, error: float) -> None:
     """Within 3 % of order 0 with one table, 5 % of the conditional one with many."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (16, 16, 16, 16)
+    shape = (64, 16, 16, 16)
     drawn = {
-        "half-normal": torch.randn(shape, generator=generator).abs(),
-        "exponential": torch.empty(shape).exponential_(generator=generator),
-        "uniform": torch.rand(shape, generator=generator),
+        "half-normal": torch.randn(shape).abs(),
+        "exponential": torch.empty(shape).exponential_(),
+        "uniform": torch.rand(shape),
         "maps": smooth(shape),
     }[kind]
-    frame = make("ec", error=0.25, context="none").encode(drawn)
-    header, payload = wire.parse(frame)
-    alphabet = header.params[0]
-    plane = memoryview(payload)[4 * alphabet :]
-    symbols = entropy.decode_plane(plane, alphabet, shape)
-    side = 8 * (len(frame) - len(plane)) + 8 * (entropy._HEADER.size + alphabet + 20)
-    assert 8 * len(frame) <= 1.03 * order_0(symbols) + side
-    plan = entropy.make_plan(entropy.Plane(symbols, alphabet, shape))
-    coded = entropy.encode_plane(entropy.Plane(symbols, alphabet, shape), plan)
-    assert 8 * len(coded) <= 1.05 * plan.bits + 1.3 * plan.side_bits + 400
+    sizes = check_lengths(drawn, error)
     if kind == "maps":
-        assert plan.context != entropy.NONE
-        assert plan.bits < 0.9 * order_0(symbols)
+        assert sizes["spatial"] < 0.9 * sizes["none"]
+    else:
+        assert sizes["spatial"] == sizes["none"]
+        check_lengths(drawn * torch.randn(shape).sign(), error)
+
+
+@pytest.fixture(scope="module")
+def real_activation(data_root: Path) -> torch.Tensor:
+    """Return the activation of 256 CIFAR-10 images after some steps on others."""
+    data = dataset.load(dataset.DatasetConfig("cifar10", str(data_root)))
+    network = nn.Sequential(*model.build("small_cnn", 10, 3, seed=0)).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(256, 256 + 20 * 64, 64):
+        images, labels = data.train_batch(torch.arange(start, start + 64), generator)
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, _ = data.train_batch(torch.arange(256), generator)
+    return network[0](images).detach()
+
+
+@pytest.mark.parametrize("error", [0.05, 0.25])
+def test_length_is_the_entropy_of_real_activations(
+    real_activation: torch.Tensor, error: float
+) -> None:
+    sizes = check_lengths(real_activation, error)
+    assert sizes["spatial"] < 0.8 * sizes["none"]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.1])
 def test_gaps_cost_what_random_positions_must(share: float) -> None:
-    count = 1_000_000
-    rng = np.random.default_rng(0)
+    """All of a frame beside its header and its values, at the size of the paper."""
+    count, rng = 256 * 64 * 16 * 16, np.random.default_rng(0)
     positions = np.flatnonzero(rng.random(count) < share)
-    coded = entropy.encode_gaps(positions, count)
-    assert coded is not None
-    decoded = entropy.decode_gaps(memoryview(coded), len(positions), count)
-    assert np.array_equal(decoded, positions)
     p = len(positions) / count
+    sparsity = 1 - (len(positions) + 0.5) / count
     bound = -count * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
-    assert bound * 0.99 < 8 * len(coded) < 1.03 * bound + 8 * 100
+    tensor = torch.zeros(256, 64, 16, 16)
+    tensor.view(-1)[torch.from_numpy(positions)] = 1.0
+    for name in ("sp", "rt"):
+        compressor = make(name, sparsity=sparsity, positions="auto")
+        frame = compressor.encode(tensor, training=False)
+        assert torch.equal(decode(frame), tensor)
+        coded = len(frame) - (44 + 11) - 4 * len(positions)
+        assert 0.99 * bound < 8 * coded < 1.03 * bound
 
 
 def test_gaps_of_every_size() -> None:
@@ -218,6 +299,8 @@ def test_broken_planes_are_refused() -> None:
         entropy.decode_plane(memoryview(coded[:-1]), 4, shape)
     with pytest.raises(FrameError, match="goes on after its last symbol"):
         entropy.decode_plane(memoryview(coded + b"\1\0\0\0"), 4, shape)
+    with pytest.raises(FrameError, match="ends in a word of zeros"):
+        entropy.decode_plane(memoryview(coded + b"\0\0\0\0"), 4, shape)
     packed = entropy.deflate(memoryview(bytes(1000)))
     with pytest.raises(FrameError, match="does not hold 999 bytes"):
         entropy.inflate(memoryview(packed), 999)

@@ -30,8 +30,16 @@ CASES = [
     ("fp", {"exponent": 2, "mantissa": 1}),
     ("sp", {"sparsity": 0.98, "positions": "auto"}),
     ("rt", {"sparsity": 0.9, "positions": "auto", "lossless": "auto"}),
+    ("qu", {"bits": 4, "lossless": "fast"}),
+    ("qq", {"bits": 3, "lossless": "context"}),
+    ("qq", {"bits": 3, "lossless": "fast"}),
+    ("fp", {"exponent": 3, "mantissa": 2, "lossless": "context"}),
+    ("fp", {"exponent": 3, "mantissa": 2, "lossless": "fast"}),
+    ("sp", {"sparsity": 0.9, "lossless": "context"}),
+    ("sp", {"sparsity": 0.9, "lossless": "fast"}),
     ("ec", {}),
     ("ec", {"error": 0.1, "context": "none"}),
+    ("ec", {"step": 0.01}),
 ]
 GRID = (torch.arange(24).view(2, 3, 4) * 5 % 17 - 8).float() / 4
 
@@ -120,16 +128,20 @@ def test_every_alteration_is_refused(case: tuple[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
-    """Alterations with the right checksum: no other error, no wrong shape."""
+    """Alterations and truncations with the right checksum: no other error, no wrong
+    shape."""
     frame = make(case[0], **case[1]).encode(sample())
     start = len(frame) - len(wire.parse(frame)[1])
     rng = random.Random(1)
     refused = 0
-    for _ in range(3_000):
+    for _ in range(10_000):
         altered = bytearray(frame)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(4, start if rng.random() < 0.8 else len(frame))
             altered[at] = rng.randrange(256)
+        if rng.random() < 0.2:  # cut short as well, with the right length
+            altered = altered[: rng.randrange(start, len(frame))]
+            altered[20:28] = struct.pack("<Q", len(altered) - start)
         crafted = reseal(altered)
         try:
             decoded = decode(crafted, max_elements=2**20)
@@ -138,7 +150,7 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
         else:
             assert decoded.shape == wire.parse(crafted)[0].shape
             assert bool(torch.isfinite(decoded).all())
-    assert refused > 1000
+    assert refused > 3000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -173,6 +185,17 @@ def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
         with pytest.raises(FrameError):
             decode(broken)
         assert memory("VmHWM") - before < 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_centroids_must_fit_the_type(dtype: torch.dtype) -> None:
+    """They travel in float32 and may be more than the tensor's type can hold."""
+    frame = make("ec").encode(torch.rand(50).to(dtype))
+    header, payload = wire.parse(frame)
+    centroid = struct.pack("<f", 3.4e38 if dtype == torch.bfloat16 else 66000.0)
+    crafted = wire.assemble(header, [centroid + bytes(payload[4:])])
+    with pytest.raises(FrameError, match=f"centroids that no {dtype} can be"):
+        decode(crafted)
 
 
 def memory(figure: str, reset_peak: bool = False) -> int:

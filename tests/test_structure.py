@@ -10,7 +10,7 @@ IMPORTS = {
     "wire": set(),
     "entropy": {"wire"},
     "topk": set(),
-    "planes": {"entropy", "wire"},
+    "planes": {"entropy", "topk", "wire"},
     "scalar": set(),
     "options": set(),
     "compress": {"options", "entropy", "planes", "scalar", "topk", "wire"},
