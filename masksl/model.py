@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torchvision.models import resnet18, resnet34
-from torchvision.models.resnet import ResNet
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
 
 Units = list[nn.Module]
@@ -205,11 +205,32 @@ def _resnet_units(network: ResNet, stem: nn.Sequential) -> Units:
     return [stem, *blocks, head]
 
 
-def _small_stem() -> nn.Sequential:
+def _small_stem(width: int = 64) -> nn.Sequential:
     """3x3 convolution without pooling, for images of 32x32 and 64x64."""
-    conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+
+def _resnet8(classes: int, channels: int) -> Units:
+    """A narrow ResNet for (B, 3, 32, 32): stem, 3 residual blocks, head; 16-64 wide."""
+    del channels
+    units: Units = [_small_stem(16)]
+    for before, after in ((16, 16), (16, 32), (32, 64)):
+        stride, shortcut = 1, None
+        if before != after:
+            stride = 2
+            projection = nn.Conv2d(before, after, 1, stride=2, bias=False)
+            shortcut = nn.Sequential(projection, nn.BatchNorm2d(after))
+        units.append(BasicBlock(before, after, stride, shortcut))
+    for unit in units:
+        for module in unit.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu"
+                )
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
+    return [*units, nn.Sequential(*head)]
 
 
 def _resnet18(classes: int, channels: int) -> Units:
@@ -239,6 +260,7 @@ ARCHITECTURES = {
         _small_cnn, 4, {"shallow": 1, "medium": 2, "deep": 3}, (), (1, 3)
     ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
+    "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
     "resnet18": Architecture(
         _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32,)
     ),
