@@ -343,12 +343,13 @@ class UniformQuantization(Compressor):
             position.div_(span).mul_(top)
         if self.rounding == "stochastic":
             generator = torch.Generator(work.device).manual_seed(seed)
-            noise = torch.empty_like(position).uniform_(generator=generator)
-            position.add_(noise).floor_()
+            position.add_(torch.empty_like(position).uniform_(generator=generator))
+            position.floor_()
         else:
             position.round_()
         position.clamp_(0, top)
         symbols = position.to(torch.uint8 if self.bits <= 8 else torch.int32)
+        del position  # as large as the tensor
         form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
         return self._PARAMS.pack(self.bits, form, lo, hi), [plane]
 
@@ -832,11 +833,12 @@ class EntropyCodedQuantization(Compressor):
         outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
         coded = entropy.encode_plane(plane, self._plan(plane))
         parts: list[wire.Part] = [centroids, outliers, coded]
-        nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
-        if nonzero.numel():
-            negative = work[nonzero] < 0
-            parts.append(wire.pack_bits(negative.view(torch.uint8), 1))
-        params = alphabet, signed, outliers.numel(), len(coded), nonzero.numel()
+        signs = 0
+        if signed:
+            negative = topk.masked(work < 0, symbols > 0)
+            if signs := negative.numel():
+                parts.append(wire.pack_bits(negative.view(torch.uint8), 1))
+        params = alphabet, signed, outliers.numel(), len(coded), signs
         return self._PARAMS.pack(*params), parts
 
     @classmethod

@@ -28,21 +28,21 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     torch.Tensor
         int64, shape (rows * k,): ascending positions in the flat tensor.
     """
-    rows, count = magnitude.shape
-    if rows == 1:
+    if len(magnitude) == 1:
         candidates, smallest = _at_least_kth(magnitude.view(-1), k)
+        if candidates.numel() == k:
+            return candidates
+        del candidates  # as large as two tensors where many are tied
     else:
-        smallest = magnitude.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        candidates = positions((magnitude >= smallest).view(-1))
-    if candidates.numel() == rows * k:
-        return candidates
-    # Ties at the smallest: of every row, those of the highest index are too many.
-    row = candidates // count
-    tied = magnitude.view(-1)[candidates] == smallest.view(-1)[row]
-    surplus = torch.bincount(row, minlength=rows) - k
-    ties = torch.bincount(row, tied.to(torch.float64), minlength=rows).long()
-    before = tied.cumsum(0) - (ties.cumsum(0) - ties)[row]  # ties so far, own included
-    return candidates[~tied | (before <= (ties - surplus)[row])]
+        smallest = _kth(magnitude, k)
+    mask = magnitude >= smallest.view(-1, 1)
+    found = torch.stack([row.count_nonzero() for row in mask])  # sum(1) takes memory
+    for row, surplus in enumerate((found - k).tolist()):
+        if surplus:
+            ties = positions(magnitude[row] == smallest.view(-1)[row])
+            mask[row, ties[-surplus:]] = False
+            del ties
+    return positions(mask.view(-1))
 
 
 def draw(
@@ -89,6 +89,23 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return mask.nonzero().view(-1)
 
 
+def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a flat tensor where a bool one is true."""
+    if mask.device.type == "cpu":  # NumPy needs no positions for it
+        return torch.from_numpy(values.numpy()[mask.numpy()])
+    return values[mask]
+
+
+def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the k-th largest along the last dimension, which stays with size 1."""
+    if values.device.type != "cpu":
+        return values.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    if values.ndim > 1:
+        return torch.stack([_kth(row, k) for row in values])
+    rank = values.numel() - k  # NumPy again: topk takes four times the memory
+    return torch.from_numpy(np.partition(values.numpy(), rank)[rank, None].copy())
+
+
 def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     """Return where flat values are at least a bound, int64, ascending."""
     if values.device.type == "cpu":  # likewise
@@ -97,7 +114,7 @@ def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 
 def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where values are at least the k-th largest, and that one, shape ().
+    """Return where values are at least the k-th largest, and that one, shape (1,).
 
     A sample gives a threshold below which it cannot well lie; the exact choice is then
     made among the few elements above. Where fewer than k are, all are looked at.
@@ -113,7 +130,7 @@ def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
         candidates = _at_least(values, guess)
         if candidates.numel() >= k:
             above = values[candidates]
-            smallest = above.topk(k, sorted=False).values.amin()
+            smallest = _kth(above, k)
             return candidates[above >= smallest], smallest
-    smallest = values.topk(k, sorted=False).values.amin()
+    smallest = _kth(values, k)
     return _at_least(values, smallest), smallest

@@ -1,0 +1,64 @@
+"""Memory that encoding takes beside its input."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from masksl.compress import make
+from tests.conftest import ROOT
+from tests.test_frames import memory
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("qu", {"bits": 3}),
+    ("qu", {"bits": 12, "rounding": "stochastic"}),
+    ("qq", {}),
+    ("fp", {}),
+    ("sp", {}),
+    ("sp", {"positions": "auto", "scope": "sample"}),
+    ("rt", {}),
+    ("rt", {"scope": "sample"}),
+    ("ms", {}),
+    ("ms", {"scope": "sample", "lossless": "context"}),
+    ("ec", {}),
+    ("ec", {"context": "none"}),
+    ("ec", {"bits": 2.32}),
+]
+
+
+def check() -> None:
+    """Encode with every compressor; at most three times the tensor may be taken."""
+    torch.set_num_threads(1)
+    for signed in (False, True):
+        tensor = torch.randn(256, 64, 16, 16)
+        if not signed:
+            tensor.relu_()
+        for name, options in CASES:
+            compressor = make(name, **options)
+            compressor.encode(tensor[:16])  # what is loaded and kept at first use
+            before = memory("VmRSS", reset_peak=True)
+            frame = compressor.encode(tensor)
+            extra = (memory("VmHWM") - before) / tensor.nbytes
+            assert 0 < extra <= 3, (name, options, signed, extra)
+            del frame
+
+
+def test_encoding_takes_at_most_three_times_the_tensor() -> None:
+    """In a process whose allocator gives everything back at once."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_memory"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    check()
