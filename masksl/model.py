@@ -213,7 +213,7 @@ def _small_stem(width: int = 64) -> nn.Sequential:
 
 
 def _resnet8(classes: int, channels: int) -> Units:
-    """A narrow ResNet for (B, 3, 32, 32): stem, 3 residual blocks, head; 16-64 wide."""
+    """ResNet8 for (B, 3, 32, 32): stem, 3 residual blocks of 16 to 64 channels, head."""
     del channels
     units: Units = [_small_stem(16)]
     for before, after in ((16, 16), (16, 32), (32, 64)):
