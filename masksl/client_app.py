@@ -11,7 +11,14 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from masksl import messages, model, seeds
-from masksl.compress import Compressor, FrameError, NotFiniteError, decode, make
+from masksl.compress import (
+    Compressor,
+    FrameError,
+    NotFiniteError,
+    decode,
+    kept_positions,
+    make,
+)
 from masksl.dataset import (
     DATASETS,
     Dataset,
@@ -31,6 +38,7 @@ Handler = Callable[["Client", RecordDict], RecordDict]
 
 _HALF = "half"
 _MOMENTUM = "momentum"
+_SENT = "sent"  # the frame of a step whose gradient comes at its positions alone
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,13 @@ class Client:
         """Drop the half from the state: the next message brings a new one."""
         self.context.state.pop(_HALF, None)
 
+    def kept(self) -> torch.Tensor | None:
+        """Return where its gradient comes, None if it comes whole."""
+        if self.run.gradient_positions == "all":
+            return None
+        frame = messages.frame_of(self.context.state, _SENT)
+        return kept_positions(frame, device=self.setup.device)
+
     def run_forward(
         self, half: ClientHalf, place: _Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +233,8 @@ def forward(client: Client, content: RecordDict) -> RecordDict:
     frame = client.setup.compressor.encode(
         activation, seed=client.seed("compress", place), training=True
     )
+    if client.run.gradient_positions == "kept":
+        client.context.state[_SENT] = messages.frame_record(frame)
     reply = _activation(client, frame, labels)
     if place.step == 0:
         error = relative_error(activation, decode(frame, device=activation.device))
@@ -234,7 +251,8 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
         half = client.half()
         client.run_forward(half, place)
     frame = messages.frame_of(content, messages.GRADIENT)
-    gradients = half.backward(decode(frame, device=client.setup.device))
+    gradient = decode(frame, device=client.setup.device)
+    gradients = half.backward(gradient, client.kept())
     reply = RecordDict({messages.FIGURES: MetricRecord({"rebuilt": int(rebuilt)})})
     if client.run.client_sync == "step":
         reply[messages.MODEL] = messages.model_record(gradients | half.buffers)

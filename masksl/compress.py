@@ -37,6 +37,8 @@ __all__ = [
     "FrameError",
     "NotFiniteError",
     "decode",
+    "has_positions",
+    "kept_positions",
     "make",
     "options_of",
     "register",
@@ -235,6 +237,41 @@ def decode(
     return flat.to(header.dtype).view(header.shape)
 
 
+def kept_positions(
+    frame: wire.Buffer,
+    *,
+    device: Device = "cpu",
+    max_elements: int = MAX_ELEMENTS,
+) -> Tensor:
+    """Return which elements a frame of `sp` or `rt` keeps, zeros among them too.
+
+    Parameters
+    ----------
+    frame, device, max_elements
+        See `decode`.
+
+    Returns
+    -------
+    Tensor
+        int64, shape (k,): ascending positions in the flat tensor, row-major.
+
+    Raises
+    ------
+    FrameError
+        As `decode`, and if the frame's compressor has no positions.
+    """
+    header, payload = wire.parse(frame, max_elements=max_elements)
+    if not has_positions(header.compressor):
+        raise FrameError(f"{header.compressor} frame has no positions")
+    cls: Any = COMPRESSORS[header.compressor]
+    return cls.unpack_positions(header, payload, device)[0]
+
+
+def has_positions(name: str) -> bool:
+    """Return whether the frames of a compressor name the elements that they keep."""
+    return issubclass(COMPRESSORS.get(name, Compressor), Sparsification)
+
+
 # --- what the compressors share -------------------------------------------------------
 
 _SCOPES = ("tensor", "sample")
@@ -366,20 +403,6 @@ class UniformQuantization(Compressor):
         return levels.index_select(0, symbols.to(torch.int32))
 
 
-def _nearest(work: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the nearest of ascending levels, uint8, for each element.
-
-    Parameters
-    ----------
-    work : Tensor
-        float32 or float64, shape (d,).
-    levels : Tensor
-        float64, at most 256, on the CPU.
-    """
-    middles = (levels[1:] / 2 + levels[:-1] / 2).to(work)
-    return torch.bucketize(work, middles, out_int32=True).to(torch.uint8)
-
-
 @register
 @dataclass(frozen=True)
 class QuantileQuantization(Compressor):
@@ -429,7 +452,7 @@ class QuantileQuantization(Compressor):
     def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
         work = planes.working(flat)
         scale = max(abs(bound.item()) for bound in work.aminmax())
-        symbols = _nearest(work, self.levels(self.bits, self.offset, scale))
+        symbols = scalar.nearest(work, self.levels(self.bits, self.offset, scale))
         form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
         return self._PARAMS.pack(self.bits, form, self.offset, scale), [plane]
 
@@ -503,7 +526,7 @@ class FloatQuantization(Compressor):
         factor = max(-lo, hi) / levels[-1].item() if self.scale == "absmax" else 1.0
         signed = lo < 0
         magnitude = work.abs() if signed else work
-        symbols = _nearest(magnitude, levels * factor)
+        symbols = scalar.nearest(magnitude, levels * factor)
         bits = self.exponent + self.mantissa
         form, plane = planes.write_plane(symbols, bits, shape, self.lossless)
         parts = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
@@ -593,14 +616,22 @@ class Sparsification(Compressor):
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        chosen, sent, dtype = cls.unpack_positions(header, payload, device)
+        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
+        flat = values.new_zeros(header.elements)
+        return flat.index_copy_(0, chosen, values)
+
+    @classmethod
+    def unpack_positions(
+        cls, header: Header, payload: memoryview, device: Device
+    ) -> tuple[Tensor, memoryview, torch.dtype]:
+        """Return the positions that are kept; the bytes and the type of the values."""
         kept, scope, code, form = header.unpack_params(cls._PARAMS)
         kept *= _check_kept(header, kept, scope)
         dtype = planes.value_dtype(header, code)
         sent, coded = planes.split(header, payload, kept * dtype.itemsize)
         chosen = planes.read_positions(header, coded, kept, form, device)
-        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
-        flat = values.new_zeros(header.elements)
-        return flat.index_copy_(0, chosen, values)
+        return chosen, sent, dtype
 
 
 @register

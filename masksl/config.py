@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = {
     "eval_batch_size": _whole(1),
     "seed": _whole(0),
     "client_sync": _choice(SYNCS),
+    "gradient_positions": _choice(("all", "kept")),
     "device": _DEVICE,
     "client_device": _DEVICE,
     "threads.client": _whole(1),
@@ -147,6 +148,7 @@ def check(settings: Mapping[str, Value]) -> None:
             raise ConfigError.of(key, value, rule.allowed)
     for group in COMPRESSOR_GROUPS:
         _check_compressor(settings, group)
+    _check_gradient_positions(settings)
     _check_model(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
@@ -198,6 +200,19 @@ def _check_compressor(settings: Mapping[str, Value], group: str) -> None:
         compress.make(name, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{group}.{error}") from error
+
+
+def _check_gradient_positions(settings: Mapping[str, Value]) -> None:
+    """Refuse ``kept`` where no positions are, or what is kept has no samples."""
+    if settings["gradient_positions"] == "all":
+        return
+    if not compress.has_positions(str(settings["compressor.name"])):
+        named = ", ".join(filter(compress.has_positions, compress.COMPRESSORS))
+        allowed = f"all with compressor={settings['compressor.name']}, kept takes "
+        raise ConfigError.of("gradient_positions", "kept", allowed + named)
+    if settings.get("gradient_compressor.scope") == "sample":
+        allowed = "tensor with gradient_positions=kept"
+        raise ConfigError.of("gradient_compressor.scope", "sample", allowed)
 
 
 def _check_model(settings: Mapping[str, Value]) -> None:

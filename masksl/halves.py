@@ -172,7 +172,9 @@ class ClientHalf:
             self._activation = functional_call(self._module, self.tensors, (images,))
         return self._activation.detach()
 
-    def backward(self, gradient: torch.Tensor) -> Tensors:
+    def backward(
+        self, gradient: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Tensors:
         """Return the gradient of every parameter and let the graph go.
 
         Parameters
@@ -180,20 +182,27 @@ class ClientHalf:
         gradient : torch.Tensor
             Loss gradient with respect to the activation as the server decoded it. It
             is applied to the activation as it was: the compressor counts as identity.
+        positions : torch.Tensor | None
+            int64, shape (k,): the elements of the flat activation, row-major, that the
+            gradient, then of shape (k,), is given at; at all others it is zero.
 
         Raises
         ------
         ValueError
-            If its shape is not that of the activation.
+            If its shape is not that of the activation, or of the positions.
         """
         activation, self._activation = self._activation, None
         if activation is None:
             raise RuntimeError("backward without a forward before it")
-        if gradient.shape != activation.shape:
+        expected = activation.shape if positions is None else positions.shape
+        if gradient.shape != expected:
             raise ValueError(
                 f"gradient of shape {tuple(gradient.shape)} for an activation of shape "
-                f"{tuple(activation.shape)}"
+                f"{tuple(activation.shape)}, expected {tuple(expected)}"
             )
+        if positions is not None:
+            given, gradient = gradient, gradient.new_zeros(activation.shape)
+            gradient.view(-1)[positions] = given
         parameters = [self.tensors[name] for name in self._names]
         with compute(self._threads, self._device, 0):
             gradients = torch.autograd.grad(activation, parameters, gradient)

@@ -45,12 +45,21 @@ def failure(reason: object) -> RecordDict:
     return RecordDict({FAILURE: ConfigRecord({"reason": str(reason)})})
 
 
-def entries(content: RecordDict) -> list[Entry]:
-    """Return what of a message the ledger counts: every array, by its record's name."""
-    return [
+def entries(content: RecordDict, gradient: int | None = None) -> list[Entry]:
+    """Return what of a message the ledger counts: every array, by its record's name.
+
+    ``gradient`` is the number of elements of a gradient of which only a part is sent.
+    """
+    counted = [
         _entry(kind, array)
         for kind, record in content.array_records.items()
         for array in record.values()
+    ]
+    if gradient is None:
+        return counted
+    return [
+        entry._replace(dense=4 * gradient) if entry.kind == GRADIENT else entry
+        for entry in counted
     ]
 
 

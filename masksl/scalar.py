@@ -1,4 +1,4 @@
-"""Scalar quantisers with a dead zone: what they do to a tensor, and which to take."""
+"""Scalar quantisers: what they do to a tensor, and which dead zone and step to take."""
 
 import math
 from collections.abc import Callable
@@ -41,6 +41,20 @@ def sums_by(symbols: np.ndarray, magnitude: torch.Tensor, alphabet: int) -> np.n
     for key, part in zip(keys.split(_BLOCK), magnitude.split(_BLOCK), strict=True):
         sums += torch.bincount(key, part.cpu().double(), minlength=alphabet)
     return sums.numpy()
+
+
+def nearest(work: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest of ascending levels, uint8, for each element.
+
+    Parameters
+    ----------
+    work : torch.Tensor
+        float32 or float64, shape (d,).
+    levels : torch.Tensor
+        float64, at most 256, on the CPU.
+    """
+    middles = (levels[1:] / 2 + levels[:-1] / 2).to(work)
+    return torch.bucketize(work, middles, out_int32=True).to(torch.uint8)
 
 
 @dataclass(frozen=True)

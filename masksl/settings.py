@@ -29,6 +29,8 @@ class RunConfig:
         Units that the client keeps, or the name of a cut.
     client_sync : str
         ``step``, ``round`` or ``never``.
+    gradient_positions : str
+        ``all``, or ``kept``: of a gradient only what the activation's frame kept.
     device, client_device : str
         Where the server half and the client halves are.
     """
@@ -41,6 +43,7 @@ class RunConfig:
     seed: int
     cut: int | str
     client_sync: str
+    gradient_positions: str
     device: str
     client_device: str
 

@@ -13,7 +13,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from masksl import messages, seeds
-from masksl.compress import Compressor, FrameError, NotFiniteError, decode
+from masksl.compress import (
+    Compressor,
+    FrameError,
+    NotFiniteError,
+    decode,
+    kept_positions,
+)
 from masksl.halves import (
     OptimizerConfig,
     ScheduleConfig,
@@ -274,6 +280,9 @@ class SplitLearning(Strategy):
         sent = {}
         for client, gradient in zip(clients, gradients, strict=True):
             content = self._request(client, step, with_model=False)
+            if self.run.gradient_positions == "kept":
+                with _blame(self._where(client.number, step)):
+                    gradient = _at_kept(gradient, replies[client.number])
             with _blame(self._where(client.number, step, gradient=True)):
                 seed = self._derive("compress.gradient", client.number, step)
                 frame = self.gradient_compressor.encode(gradient, seed=seed)
@@ -281,7 +290,9 @@ class SplitLearning(Strategy):
             sent[client.number] = content
         if not math.isfinite(loss):
             raise RunError(f"round {self._round.number}, step {step}: loss not finite")
-        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step)
+        elements = [gradient.numel() for gradient in gradients]
+        whole = dict(zip(sent, elements, strict=True))
+        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step, whole)
         sizes = [len(gradient) for gradient in gradients]
         self._collect_halves(clients, replies, sizes, step)
         return loss
@@ -440,8 +451,12 @@ class SplitLearning(Strategy):
         kind: str,
         sent: Mapping[int, RecordDict],
         step: int,
+        whole: Mapping[int, int] | None = None,
     ) -> dict[int, RecordDict]:
-        """Send each client its message, count both ways, return the replies."""
+        """Send each client its message, count both ways, return the replies.
+
+        ``whole`` are the elements of gradients of which a part may be sent.
+        """
         group = str(self._round.number)
         numbers = {client.node_id: client.number for client in clients}
         outgoing = [
@@ -466,7 +481,7 @@ class SplitLearning(Strategy):
         phase = EVALUATION if kind == messages.EVALUATE else TRAINING
         self.ledger.exchange(
             phase,
-            {number: messages.entries(content) for number, content in sent.items()},
+            {n: messages.entries(sent[n], whole[n] if whole else None) for n in sent},
             {number: came[number] for number in sorted(came)},
         )
         return replies
@@ -519,6 +534,12 @@ class SplitLearning(Strategy):
     ) -> MetricRecord | None:
         """Not called, likewise."""
         raise RuntimeError("SplitLearning evaluates by SplitLearning.start")
+
+
+def _at_kept(gradient: torch.Tensor, content: RecordDict) -> torch.Tensor:
+    """Return a gradient, shape (k,), where the frame of a reply kept the activation."""
+    frame = messages.frame_of(content, messages.ACTIVATION)
+    return gradient.flatten()[kept_positions(frame, device=gradient.device)]
 
 
 @contextmanager

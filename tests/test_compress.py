@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksl import wire
-from masksl.compress import COMPRESSORS, NotFiniteError, decode, make
+from masksl.compress import (
+    COMPRESSORS,
+    FrameError,
+    NotFiniteError,
+    decode,
+    kept_positions,
+    make,
+)
 
 # The method's worked example (figure 1 of the paper): 4x4, k = 4, 2 bits.
 EXAMPLE = torch.tensor(
@@ -420,6 +427,42 @@ def test_large_selection_is_exact(case: tuple[str, Any]) -> None:
         assert torch.equal(decoded[order], tensor[order])
         if case[0] == "sp":
             assert int((decoded != 0).sum()) == int((tensor[order] != 0).sum())
+
+
+@pytest.mark.parametrize("name", ["sp", "rt"])
+@pytest.mark.parametrize("scope", ["tensor", "sample"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.9},
+        {"sparsity": 0.99},
+        {"sparsity": 0.9, "positions": "auto"},
+        {"sparsity": 0.9, "lossless": "context"},
+        {"sparsity": 0.9, "lossless": "fast", "values": "float16"},
+    ],
+)
+def test_frames_tell_what_they_kept(name: str, scope: str, options: Any) -> None:
+    """By definition: the k largest, those that are zero too."""
+    tensor = torch.randn(8, 5, 10, 10).relu()
+    tensor[:, :, 1:] = 0  # about 5 % differ from zero
+    frame = make(name, **options, scope=scope).encode(tensor, training=False)
+    rows = tensor.view(8 if scope == "sample" else 1, -1)
+    k = round(rows.shape[1] * (1 - options["sparsity"]))
+    order = torch.sort(rows, descending=True, stable=True).indices[:, :k]
+    order += torch.arange(len(rows))[:, None] * rows.shape[1]
+    assert torch.equal(kept_positions(frame), order.sort().values.view(-1))
+
+
+def test_what_is_drawn_is_what_is_told() -> None:
+    tensor = torch.rand(4000) + 1
+    frame = make("rt", sparsity=0.9, alpha=0.3).encode(tensor, seed=5)
+    assert torch.equal(kept_positions(frame), decode(frame).nonzero().view(-1))
+
+
+@pytest.mark.parametrize("name", ["none", "qu", "qq", "fp", "ms", "ec"])
+def test_other_frames_have_no_positions(name: str) -> None:
+    with pytest.raises(FrameError, match=f"{name} frame has no positions"):
+        kept_positions(make(name).encode(torch.rand(50)))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def options(path: Path) -> dict[str, Any]:
         ("cut=0", "cut=0: must be shallow"),
         ("cut=wide", "cut='wide': must be shallow"),
         ("client_sync=often", "client_sync='often': must be one of step, round, never"),
+        (
+            "gradient_positions=most",
+            "gradient_positions='most': must be one of all, kept",
+        ),
+        (
+            "gradient_positions=kept",
+            "gradient_positions='kept': must be all with compressor=ms, kept takes sp",
+        ),
         ("compressor.name=zip", "compressor.name='zip': must be one of none, qu, qq"),
         ("compressor.sparsity=1.5", "compressor.sparsity=1.5: must be at least 0"),
         ("compressor.bits=0", "compressor.bits=0: must be a whole number from 1 to 8"),
@@ -87,6 +95,13 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
         (
             ("optimizer.nesterov=true", "optimizer.momentum=0"),
             "optimizer.nesterov=True: must be false without momentum",
+        ),
+        (
+            (
+                *("compressor=sp", "gradient_positions=kept"),
+                *("gradient_compressor=ms", "gradient_compressor.scope=sample"),
+            ),
+            "gradient_compressor.scope='sample': must be tensor with gradient_posit",
         ),
         (
             ("engine=flower", "engine.cpus_per_client=4096"),

@@ -35,10 +35,19 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("sync", ["step", "round", "never"])
-def test_engines_agree(sync: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("client_sync=step",),
+        ("client_sync=round",),
+        ("client_sync=never",),
+        ("compressor=rt", "gradient_positions=kept"),
+    ],
+    ids=str,
+)
+def test_engines_agree(options: tuple[str, ...], tmp_path: Path) -> None:
     """Three clients on Flower's two Ray workers: messages change the process."""
-    overrides = (*SMALL, f"client_sync={sync}")
+    overrides = (*SMALL, *options)
     local = run(settings_of(*overrides), tmp_path / "local")
     remote = settings_of(*overrides, "engine=flower", "engine.cpus_per_client=0.5")
     flower = run(remote, tmp_path / "flower")
@@ -127,6 +136,26 @@ def test_a_broken_frame_names_its_client(
     with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL, "batch_size=26"), tmp_path)
     assert str(caught.value) == f"round 1, step 0, client 1, compressor ms: {reason}"
+
+
+def test_a_frame_without_positions_names_its_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    forward = client_app.forward
+
+    def send_all(client: client_app.Client, content: Any) -> Any:
+        reply = forward(client, content)
+        frame = compress.make("none").encode(torch.rand(26, 64, 4, 4))
+        reply["activation"] = messages.frame_record(frame)
+        return reply
+
+    monkeypatch.setattr(client_app, "forward", send_all)
+    options = ("compressor=sp", "gradient_positions=kept", "batch_size=26")
+    with pytest.raises(RunError) as caught:
+        run(settings_of(*SMALL, *options), tmp_path)
+    assert str(caught.value) == (
+        "round 1, step 0, client 0, compressor sp: none frame has no positions"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from masksl import wire
-from masksl.compress import COMPRESSORS, FrameError, decode, make
+from masksl.compress import (
+    COMPRESSORS,
+    FrameError,
+    decode,
+    has_positions,
+    kept_positions,
+    make,
+)
 from tests.test_wire import reseal
 
 CASES = [
@@ -150,6 +157,11 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
         else:
             assert decoded.shape == wire.parse(crafted)[0].shape
             assert bool(torch.isfinite(decoded).all())
+            if has_positions(wire.parse(crafted)[0].compressor):
+                positions = kept_positions(crafted)
+                dropped = torch.ones(decoded.numel(), dtype=torch.bool)
+                dropped[positions] = False
+                assert not decoded.view(-1)[dropped].any()
     assert refused > 3000
 
 

@@ -1,5 +1,6 @@
 """Split learning equals what it must equal: identities over whole runs."""
 
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from masksl import client_app, config, dataset, halves, model, seeds
+from masksl import client_app, compress, config, dataset, halves, model, seeds
 from masksl.client_app import _Place
+from masksl.compress import decode
 from masksl.halves import OptimizerConfig, ScheduleConfig
 from tests.conftest import Training, prepare, settings_of, train
 
@@ -177,11 +179,20 @@ def test_average_after_one_local_step_is_the_union_step(plain_cnn: None) -> None
         torch.testing.assert_close(tensor, weights[key], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("sync", ["step", "round", "never"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("client_sync=step",),
+        ("client_sync=round",),
+        ("client_sync=never",),
+        ("compressor=rt", "gradient_positions=kept"),
+    ],
+    ids=str,
+)
 def test_lost_graphs_are_rebuilt_without_a_trace(
-    sync: str, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ("rounds=2", "clients=3", "dataset.limit=100", f"client_sync={sync}")
+    overrides = ("rounds=2", "clients=3", "dataset.limit=100", *options)
     undisturbed = train(*overrides)
     take = client_app.Client.take_graph
 
@@ -191,8 +202,7 @@ def test_lost_graphs_are_rebuilt_without_a_trace(
         state = client.context.state
         for name, record in state.array_records.items():
             for key, array in record.items():
-                function, arguments = array.__reduce__()
-                state[name][key] = function(*arguments)
+                state[name][key] = pickle.loads(pickle.dumps(array))
         return half if client.number == 1 else None
 
     monkeypatch.setattr(client_app.Client, "take_graph", lose)
@@ -242,6 +252,78 @@ def test_gradients_can_be_compressed(name: str) -> None:
     gradient = training.rows[0]["bytes"]["training"]["down"]["gradient"]
     activation = training.strategy.ledger.total.dense("activation", phase="training")
     assert activation / 4 < gradient < activation / 4 + 4 * 64
+
+
+SMALL = ("rounds=2", "clients=3", "dataset.limit=100", "dataset.test_limit=20")
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+@pytest.mark.parametrize("name", ["sp", "rt"])
+def test_gradients_at_all_positions_are_whole_gradients(name: str, sync: str) -> None:
+    """Where k = d, `kept` is `all`, bit for bit."""
+    options = (f"compressor={name}", "compressor.sparsity=0", f"client_sync={sync}")
+    whole, kept = (
+        train(*SMALL, *options, f"gradient_positions={which}")
+        for which in ("all", "kept")
+    )
+    assert kept.losses == whole.losses
+    for row, other in zip(kept.rows, whole.rows, strict=True):
+        for changed in ("bytes", "link_seconds", "wall_seconds"):
+            del row[changed], other[changed]
+        assert row == other
+    for number in range(3):
+        ours, theirs = (run.client_tensors(number) for run in (kept, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (run.strategy.server.module.state_dict() for run in (kept, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("compressor=sp", "compressor.sparsity=0.6"),  # zeros are kept too
+        ("compressor=sp", "compressor.scope=sample", "compressor.lossless=auto"),
+        ("compressor=rt", "compressor.positions=auto", "compressor.values=float16"),
+        ("compressor=rt", "compressor.evaluation=random", "client_sync=step"),
+    ],
+    ids=str,
+)
+def test_gradients_at_kept_positions_are_masked_gradients(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole gradient with zeros where the activation was dropped trains the same."""
+    kept = train(*SMALL, *options, "gradient_positions=kept")
+    encode, frames = compress.Compressor.encode, {}
+
+    def encode_and_keep(self: Any, tensor: torch.Tensor, **rest: Any) -> bytes:
+        frame = encode(self, tensor, **rest)
+        if self.name in ("sp", "rt"):
+            frames["last"] = frame
+        return frame
+
+    forward, backward = client_app.forward, halves.ClientHalf.backward
+    masks: dict[int, torch.Tensor] = {}
+
+    def forward_and_mask(client: client_app.Client, content: Any) -> Any:
+        reply = forward(client, content)
+        frame = frames["last"]
+        mask = torch.zeros(decode(frame).shape)
+        mask.view(-1)[compress.kept_positions(frame)] = 1
+        half = client_app._graphs[client.context.run_id, client.number][1]
+        masks[id(half)] = mask
+        return reply
+
+    def masked(self: Any, gradient: torch.Tensor, positions: None) -> Any:
+        assert positions is None
+        return backward(self, gradient * masks[id(self)])
+
+    monkeypatch.setattr(compress.Compressor, "encode", encode_and_keep)
+    monkeypatch.setattr(client_app, "forward", forward_and_mask)
+    monkeypatch.setattr(halves.ClientHalf, "backward", masked)
+    reference = train(*SMALL, *options)
+    assert masks
+    assert kept.losses == reference.losses
+    assert kept.losses != train(*SMALL[:-1], "dataset.limit=90", *options).losses
 
 
 def test_the_paper_s_bits_on_real_cifar(data_root: Path) -> None:
@@ -317,6 +399,9 @@ def test_gradient_of_a_wrong_shape_is_refused() -> None:
     half.forward(torch.randn(2, 4), seed=0)
     with pytest.raises(ValueError, match=r"shape \(1, 3\) .* shape \(2, 3\)"):
         half.backward(torch.randn(1, 3))
+    half.forward(torch.randn(2, 4), seed=0)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) .* expected \(4,\)"):
+        half.backward(torch.randn(2, 3), torch.arange(4))
 
 
 def test_threads_are_given_back() -> None:

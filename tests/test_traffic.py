@@ -84,6 +84,33 @@ def test_bytes_under_step() -> None:
     assert row["bytes"]["evaluation"]["down"]["model"] == 2 * half_frames()
 
 
+@pytest.mark.parametrize(
+    ("compressor", "header", "bits"),
+    [
+        (("gradient_compressor=none",), 1, 32),
+        (("gradient_compressor=none", "gradient_compressor.values=float16"), 1, 16),
+        (("gradient_compressor=qu", "gradient_compressor.bits=8"), 18, 8),
+    ],
+)
+def test_bytes_of_gradients_at_kept_positions(
+    compressor: tuple[str, ...], header: int, bits: int
+) -> None:
+    """A frame of the k values in one dimension, for every client and step."""
+    options = ("compressor=sp", "compressor.sparsity=0.95", "gradient_positions=kept")
+    training = train(*OVERRIDES, *options, *compressor)
+    counts = [size * UNIT for sizes in TRAIN_STEPS for size in sizes]
+    kept = [count // 20 for count in counts]
+    down = sum(28 + 4 + header + bits * k // 8 for k in kept)
+    up = sum(HEADER + 11 + 4 * k + n // 8 for k, n in zip(kept, counts, strict=True))
+    for row in training.rows:
+        assert row["bytes"]["training"]["down"] == {"gradient": down}
+        assert row["bytes"]["training"]["up"]["activation"] == up
+    # Factors compare with the whole gradient, not with the part that was sent.
+    total = training.strategy.ledger.total
+    assert total.dense("gradient") == 2 * 4 * sum(counts)
+    assert total.dense("activation", phase="training") == 2 * 4 * sum(counts)
+
+
 def test_bytes_under_never() -> None:
     row = train(*OVERRIDES, "client_sync=never").rows[0]
     assert "model" not in row["bytes"]["training"]["up"]
