@@ -213,7 +213,7 @@ def _small_stem(width: int = 64) -> nn.Sequential:
 
 
 def _resnet8(classes: int, channels: int) -> Units:
-    """ResNet8 for (B, 3, 32, 32): stem, 3 residual blocks of 16 to 64 channels, head."""
+    """ResNet8 for (B, 3, 32, 32): stem, 3 residual blocks, head, 16 to 64 channels."""
     del channels
     units: Units = [_small_stem(16)]
     for before, after in ((16, 16), (16, 32), (32, 64)):
