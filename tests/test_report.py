@@ -8,8 +8,11 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from masksl import report, results
+from masksl import results
 from masksl.bench import activations
+from masksl.report.__main__ import main
+from masksl.report.figure2 import _series, figure2
+from masksl.report.runs import runs
 from tests.test_main import QUICK, masksl
 
 
@@ -29,7 +32,7 @@ def test_figure2_measures_every_compressor_at_every_cut(measured: Path) -> None:
     assert result["network"]["images"] == 300
     errors: dict[tuple[str, int, str], float] = {}
     for row in result["rows"]:
-        series = report._series(row)
+        series = _series(row)
         if series in ("qu", "qq", "fp", "ms"):
             assert row["bits"] == pytest.approx(row["budget"], abs=0.05)
         if series in ("sp", "rt", "ms", "qu"):
@@ -48,14 +51,14 @@ def test_figure2_measures_every_compressor_at_every_cut(measured: Path) -> None:
 
 
 def test_figure2_is_written_and_the_same_again(measured: Path) -> None:
-    texts = report.figure2(measured)
+    texts = figure2(measured)
     rows = list(csv.DictReader(texts["figure2.csv"].splitlines()))
     assert len(rows) == 3 * 6 * 9
     assert {row["cut"] for row in rows} == {"shallow", "medium", "deep"}
     assert all(float(row["norm"]) > 0 for row in rows)
     assert texts["figure2.md"].count("\n") == 2 + 3 * 8
     assert (measured / "figure2.png").stat().st_size > 20_000
-    assert report.figure2(measured) == texts
+    assert figure2(measured) == texts
 
 
 def test_held_out_images_are_not_trained_on() -> None:
@@ -94,7 +97,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_runs_are_put_together_by_setting(sweep: Path) -> None:
-    texts = report.runs(sweep)
+    texts = runs(sweep)
     rows = list(csv.DictReader(texts["runs.csv"].splitlines()))
     assert [row["seeds"] for row in rows] == ["2", "2"]
     assert "compressor=ms" in rows[0]["setting"]
@@ -118,7 +121,7 @@ def test_reports_say_what_is_missing(
     ):
         monkeypatch.setattr("sys.argv", ["report", name, str(folder)])
         with pytest.raises(SystemExit):
-            report.main()
+            main()
         assert text in capsys.readouterr().err
 
 
@@ -126,6 +129,6 @@ def test_a_report_is_written_into_the_folder(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["report", "runs", str(sweep)])
-    report.main()
+    main()
     assert capsys.readouterr().out == (sweep / "runs.md").read_text()
     assert (sweep / "runs.csv").exists()

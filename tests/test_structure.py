@@ -34,7 +34,7 @@ IMPORTS = {
     },
     "modules": {"compress"},
     "bench": {"bench", "compress", "dataset", "model", "seeds"},
-    "report": {"results"},
+    "report": {"report", "results"},
     "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
     "engine": {"engine"},
 }

@@ -1,0 +1,39 @@
+"""Command line: ``python -m masksl.report NAME FOLDER``.
+
+Tables are Markdown and CSV, figures PNG; they go into the folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from masksl.report.figure2 import figure2
+from masksl.report.runs import runs
+from masksl.report.tables import ReportError
+
+REPORTS = {"runs": runs, "figure2": figure2}
+
+
+def main() -> None:
+    """Write the report that the command line names, and print its tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m masksl.report", description=__doc__
+    )
+    parser.add_argument("report", choices=REPORTS)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    try:
+        if not arguments.folder.is_dir():
+            raise ReportError(f"folder={str(arguments.folder)!r}: not a folder")
+        texts = REPORTS[arguments.report](arguments.folder)
+    except ReportError as error:
+        print(f"masksl: {error}", file=sys.stderr)
+        sys.exit(1)
+    for name, text in texts.items():
+        (arguments.folder / name).write_text(text, encoding="utf-8")
+        if name.endswith(".md"):
+            print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
