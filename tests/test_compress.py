@@ -315,7 +315,8 @@ def check_against_plain_loop(
     """Compare with the definition, written out over single numbers."""
     name, options = case
     got = decoded.reshape(-1).double().tolist()
-    eps = max(float(torch.finfo(decoded.dtype).eps), 1.2e-7)
+    info = torch.finfo(decoded.dtype)
+    eps, least = max(float(info.eps), 1.2e-7), float(info.smallest_normal * info.eps)
     largest = max(map(abs, x))
     if name == "none":
         assert got == x
@@ -325,20 +326,22 @@ def check_against_plain_loop(
         )
         size = len(x) // rows
         for start in range(0, len(x), size):
-            check_row(case, x[start : start + size], got[start : start + size], eps)
+            check_row(
+                case, x[start : start + size], got[start : start + size], eps, least
+            )
     elif name == "ec":
-        assert max(map(abs, got)) <= largest * (1 + 4 * eps)
+        assert max(map(abs, got)) <= largest * (1 + 4 * eps) + least
         if "step" in options and len(x) > 1:
             deviation = float(torch.tensor(x, dtype=torch.float64).std(correction=0))
             bound = options["step"] * (deviation or largest)
             assert all(
-                abs(a - b) <= bound + 8 * eps * largest
+                abs(a - b) <= bound + 8 * eps * largest + least
                 for a, b in zip(got, x, strict=True)
             )
     else:
         levels = levels_of(case, x)
         reach = 2 if options.get("rounding") == "stochastic" else 1
-        slack = 16 * eps * largest
+        slack = 16 * eps * largest + least
         for a, b in zip(got, x, strict=True):
             nearest = min(abs(level - b) for level in levels)
             gap = max(nearest, levels_gap(levels, b)) if reach == 2 else nearest
@@ -377,9 +380,17 @@ def levels_of(case: tuple[str, dict[str, Any]], x: list[float]) -> list[float]:
 
 
 def check_row(
-    case: tuple[str, dict[str, Any]], x: list[float], got: list[float], eps: float
+    case: tuple[str, dict[str, Any]],
+    x: list[float],
+    got: list[float],
+    eps: float,
+    least: float,
 ) -> None:
-    """Check a row of which k elements are kept."""
+    """Check a row of which k elements are kept.
+
+    ``least`` is the smallest number of the type: below its normal numbers rounding is
+    absolute.
+    """
     name, options = case
     count = len(x)
     kept = max(1, count * round(100 - 100 * options["sparsity"]) // 100)
@@ -399,9 +410,10 @@ def check_row(
         else:
             level = smallest / (2**bits - 1)
             assert a == 0 or (a > 0) == (b > 0)
-            assert abs(a) <= (2**bits - 2) * level * (1 + 2 * eps)
+            assert abs(a) <= (2**bits - 2) * level * (1 + 2 * eps) + least
             if bits > 1:
-                assert abs(a - b) <= level * (1 + 1e-5) + 8 * eps * abs(b)
+                bound = level * (1 + 1e-5) + 8 * eps * abs(b) + least
+                assert abs(a - b) <= bound
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
