@@ -1,5 +1,6 @@
-"""Benchmarks: ``python -m masksl.bench compress``.
+"""Benchmarks: ``python -m masksl.bench compress|engine``.
 
+``engine`` is in `masksl.bench_engine`. ``compress``, here:
 Every compressor at the paper's settings, at three sizes, on ReLU-like and on signed
 data; beside ``ms`` a straightforward PyTorch version of the published procedure, timed
 in turn with it. Times are medians.
@@ -7,6 +8,7 @@ in turn with it. Times are medians.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -168,6 +170,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the benchmark that the command line names."""
+    if sys.argv[1:2] == ["engine"]:
+        # Imported here: the compressors are timed without Flower and Ray.
+        # pylint: disable-next=import-outside-toplevel
+        from masksl import bench_engine
+
+        bench_engine.run_command(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
     parser.add_argument("benchmark", choices=["compress"])
     parser.add_argument("--repeats", type=int, default=7, help="times each is timed")

@@ -23,18 +23,30 @@ IMPORTS = {
     "ledger": set(),
     "results": set(),
     "console": set(),
+    "checkpoint": set(),
+    "timing": set(),
     "messages": {"compress", "ledger", "wire"},
     "client_app": {
         *("compress", "dataset", "halves", "messages", "model", "seeds", "settings"),
+        "timing",
     },
-    "strategy": {"compress", "halves", "ledger", "messages", "seeds", "settings"},
+    "strategy": {
+        *("compress", "halves", "ledger", "messages", "seeds", "settings", "timing"),
+    },
     "server_app": {
-        *("compress", "config", "console", "dataset", "halves", "ledger"),
+        *("checkpoint", "compress", "config", "console", "dataset", "halves", "ledger"),
         *("messages", "model", "results", "seeds", "settings", "strategy"),
     },
     "modules": {"compress"},
-    "bench": {"compress"},
-    "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
+    "bench": {"bench_engine", "compress"},
+    "bench_engine": {
+        *("compress", "dataset", "engine", "halves", "main", "messages", "model"),
+        *("modules", "results", "seeds", "server_app", "settings"),
+    },
+    "main": {
+        *("checkpoint", "config", "dataset", "engine", "messages", "server_app"),
+        "settings",
+    },
     "engine": {"engine"},
 }
 FRAMEWORKS = {"flwr", "ray", "hydra"}
@@ -43,8 +55,9 @@ ALLOWED = {
     "client_app": {"flwr"},
     "strategy": {"flwr"},
     "server_app": {"flwr"},
-    "engine": {"flwr"},
+    "engine": {"flwr", "ray"},
     "main": {"hydra"},
+    "bench_engine": {"flwr", "hydra"},
 }
 
 
