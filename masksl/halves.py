@@ -339,6 +339,25 @@ class ServerHalf:
         ]
         return Step(loss.item(), scaled)
 
+    def state(self) -> tuple[Tensors, Tensors]:
+        """Return copies of its parameters and buffers, and of its momentum, by name."""
+        tensors = {n: t.detach().clone() for n, t in self.module.state_dict().items()}
+        momentum = {}
+        for name, parameter in self.module.named_parameters():
+            kept = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if kept is not None:
+                momentum[name] = kept.clone()
+        return tensors, momentum
+
+    def load(self, tensors: Tensors, momentum: Tensors) -> None:
+        """Take what `state` returned, on any device; it is copied."""
+        self.module.load_state_dict(tensors)
+        self._optimizer.state.clear()
+        for name, parameter in self.module.named_parameters():
+            if name in momentum:
+                kept = momentum[name].to(parameter.device, copy=True)
+                self._optimizer.state[parameter]["momentum_buffer"] = kept
+
     def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
         """Score a batch of decoded activations against its labels."""
         self.module.eval()

@@ -4,35 +4,31 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
-from masksl import client_app, compress, engine, messages, results, server_app
-from masksl.main import CLIENT_APP
+from masksl import client_app, compress, engine, main, messages, results, server_app
 from masksl.messages import RunError
-from masksl.settings import Settings, section
-from tests.conftest import ROOT, settings_of
+from masksl.settings import Settings
+from tests.conftest import ROOT, processes, settings_of, untimed
 
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 
 
 def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """Run on the engine of the settings; return the rows without what is timed."""
-    engine.run(
-        str(settings["engine.name"]),
-        partial(server_app.build, settings, folder),
-        CLIENT_APP,
-        clients=int(settings["clients"]),
-        options=section(settings, "engine"),
-    )
-    rows = results.read_rows(folder)
-    for row in rows:
-        del row["wall_seconds"]
-    return rows
+    main.run(settings, folder)
+    return untimed(results.read_rows(folder))
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """End the Ray of this process, so that what is left can be seen."""
+    ray.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -187,14 +183,17 @@ def test_a_client_that_raises_ends_a_run_with_its_reason(
         run(settings_of(*SMALL), tmp_path)
 
 
-def test_nothing_of_a_simulation_stays_behind(tmp_path: Path) -> None:
+def test_nothing_of_a_simulation_stays_behind(no_ray: None, tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
     assert simulation_processes() == []
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "masksl.main", "rounds=500"]
+@pytest.mark.parametrize("name", engine.ENGINES)
+def test_an_ended_run_leaves_no_process(
+    name: str, end: signal.Signals, no_ray: None, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "masksl.main", "rounds=500", f"engine={name}"]
     output = tmp_path / "output"
     with open(output, "w", encoding="utf-8") as file:
         folder = f"hydra.run.dir={tmp_path}/run"
@@ -211,7 +210,8 @@ def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> 
         while "round 1/500" not in output.read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
         parent.send_signal(end)
-        assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
+        terminated = signal.SIGTERM if name == "ray" else -signal.SIGTERM
+        assert parent.wait(5) == (130 if end == signal.SIGINT else terminated)
     finally:
         parent.kill()
     deadline = time.monotonic() + 15
@@ -223,11 +223,7 @@ def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> 
 
 def simulation_processes() -> list[str]:
     """Return the command lines of Ray's daemons and actors that run."""
-    listed = subprocess.run(
-        ["ps", "-eww", "-o", "stat,args"], capture_output=True, text=True, check=True
-    )
-    lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
-    return [ln for ln in lines if "raylet" in ln or "ray::" in ln or "gcs_server" in ln]
+    return processes("raylet", "ray::", "gcs_server")
 
 
 def test_unknown_engines_are_refused() -> None:
