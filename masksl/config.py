@@ -96,6 +96,8 @@ _DEVICE = Rule("auto, cpu, cuda or cuda:N", lambda v: _device_type(v) is not Non
 RULES: dict[str, Rule] = {
     "plugins": Rule("a list of modules that can be imported", _modules),
     "rounds": _whole(1),
+    "evaluations": _whole(1),
+    "target": _optional(_FRACTION),
     "clients": _whole(1),
     "min_clients": _whole(1),
     "checkpoint.every": _whole(0),

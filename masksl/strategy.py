@@ -158,6 +158,16 @@ class _Round:
     watch: Stopwatch = field(default_factory=Stopwatch)
     train_seconds: float = 0.0
     score: Score = field(default_factory=Score)
+    checks: list[dict[str, float]] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Return loss and accuracies of the last evaluation."""
+        score = self.score
+        return {
+            "test_loss": score.loss / score.samples,
+            "top1": score.top1 / score.samples,
+            "top5": score.top5 / score.samples,
+        }
 
     def takes_part(self, client: ClientInfo, phase: str) -> bool:
         """Tell whether a client has not failed in this phase of the round."""
@@ -323,22 +333,25 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
         self._round = _Round(number, lr)
         chosen = self.sample(number)
         steps = max(client.train_steps for client in chosen)
+        parts = self.run.evaluations
+        due = {math.ceil(steps * part / parts) for part in range(1, parts)} - {steps}
+        began_training = began
         for step in range(steps):
             self._check_enough(chosen, TRAINING, step)
             taking = [c for c in chosen if step < c.train_steps]
             loss = self.run_step(grid, taking, step)
             if loss is not None:
                 self.observer.on_step(number, step + 1, steps, loss)
+            if step + 1 in due:
+                paused = time.monotonic()
+                self._evaluate(grid)
+                self._round.checks.append(self._round.figures() | {"step": step + 1})
+                began_training += time.monotonic() - paused
         self._check_enough(chosen, TRAINING, steps)
         if self.run.client_sync == "round":
             self._adopt_average()
-        self._round.train_seconds = time.monotonic() - began
-        steps = max(client.test_steps for client in self.clients)
-        for step in range(steps):
-            self.run_evaluation(
-                grid, [c for c in self.clients if step < c.test_steps], step
-            )
-        self._check_enough(self.clients, EVALUATION, steps)
+        self._round.train_seconds = time.monotonic() - began_training
+        self._evaluate(grid)
         if self._is_kept(number, rounds):
             self.snapshot = self.state(self._collect_states(grid))
         row = self._row(time.monotonic() - began)
@@ -685,6 +698,16 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
 
     # --- evaluation -------------------------------------------------------------------
 
+    def _evaluate(self, grid: Grid) -> None:
+        """Score the whole test set."""
+        self._round.score = Score()
+        steps = max(client.test_steps for client in self.clients)
+        for step in range(steps):
+            self.run_evaluation(
+                grid, [c for c in self.clients if step < c.test_steps], step
+            )
+        self._check_enough(self.clients, EVALUATION, steps)
+
     def run_evaluation(self, grid: Grid, clients: list[ClientInfo], step: int) -> None:
         """Score one batch of test images of each of these clients.
 
@@ -705,14 +728,13 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
     def _row(self, seconds: float) -> dict[str, Any]:
         """Return the metrics of the round."""
         this, traffic = self._round, self.ledger.round
-        score, kind = this.score, messages.ACTIVATION
+        kind = messages.ACTIVATION
         return {
             "round": this.number,
             "lr": this.lr,
             "loss": this.loss / this.samples,
-            "test_loss": score.loss / score.samples,
-            "top1": score.top1 / score.samples,
-            "top5": score.top5 / score.samples,
+            **this.figures(),
+            "checks": this.checks,
             "samples": this.samples,
             "relative_error": sum(this.errors) / len(this.errors),
             "compression_factor": compression_factor(

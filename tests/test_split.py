@@ -417,3 +417,19 @@ def test_threads_are_given_back() -> None:
 def test_toy_data_needs_no_partition_of_its_own() -> None:
     parts = dataset.partition(dataset.DatasetConfig("toy"), 4, 1)
     assert sum(map(len, parts)) == 1000
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_evaluating_more_often_changes_no_training(sync: str) -> None:
+    """A round here has three steps, so that two of four checks fall together."""
+    quick = ("dataset.limit=160", "clients=3", "rounds=2", f"client_sync={sync}")
+    once, often = train(*quick), train(*quick, "evaluations=4")
+    assert once.losses == often.losses
+    for row, more in zip(once.rows, often.rows, strict=True):
+        assert row["checks"] == []
+        assert [check["step"] for check in more["checks"]] == [1, 2]
+        assert {key: row[key] for key in ("top1", "test_loss")} == {
+            key: more[key] for key in ("top1", "test_loss")
+        }
+        sent, more_sent = (r["bytes"]["evaluation"]["up"] for r in (row, more))
+        assert more_sent["label"] == 3 * sent["label"]
