@@ -650,6 +650,8 @@ def _decode_packed(coder, count: int, weights: np.ndarray) -> np.ndarray:
     decoded = symbols.numpy()
     beyond = np.flatnonzero(decoded == last)
     if beyond.size and len(weights) > last + 1:
+        if not weights[last:].any():
+            raise FrameError("coded plane holds symbols that its table does not")
         above = coder.decode(_model(weights[last:]), len(beyond))
         decoded[beyond] = above + last
     return decoded

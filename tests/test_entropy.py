@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import constriction
 import hypothesis
 import numpy as np
 import pytest
@@ -304,6 +305,19 @@ def test_broken_planes_are_refused() -> None:
     packed = entropy.deflate(memoryview(bytes(1000)))
     with pytest.raises(FrameError, match="does not hold 999 bytes"):
         entropy.inflate(memoryview(packed), 999)
+
+
+def test_symbols_must_be_in_the_table() -> None:
+    """A packed byte may say of a symbol that it is above all that the table has."""
+    codes = np.array([24, 24, 30, 255, 255], np.uint8)
+    packed = zstandard.ZstdCompressor().compress(b"\0" + codes.tobytes())
+    head = entropy._HEADER.pack(0, 1, 1, *(1, 2, 3, 1, 2), len(packed))
+    model = entropy._packed_model(entropy._weights(codes[None])[0], 2)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(np.array([0b00011011, 0b01010101], np.int32), model)
+    coded = head + packed + coder.get_compressed().astype("<u4").tobytes()
+    with pytest.raises(FrameError, match="symbols that its table does not"):
+        entropy.decode_plane(memoryview(coded), 5, (8,))
 
 
 def test_a_bomb_is_not_inflated() -> None:
