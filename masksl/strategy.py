@@ -520,6 +520,19 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
             return None
         gradients, loss = self._train_server(clients, replies, step)
         sizes = {c.number: len(g) for c, g in zip(clients, gradients, strict=True)}
+        sent = self._gradient_messages(clients, gradients, step)
+        del gradients  # as large as all frames of `none` together
+        if not math.isfinite(loss):
+            raise RunError(f"round {self._round.number}, step {step}: loss not finite")
+        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step)
+        clients = [c for c in clients if c.number in replies]
+        self._collect_halves(clients, replies, sizes, step)
+        return loss
+
+    def _gradient_messages(
+        self, clients: list[ClientInfo], gradients: list[torch.Tensor], step: int
+    ) -> dict[int, RecordDict]:
+        """Return what each client is sent to go backward with."""
         sent = {}
         for client, gradient in zip(clients, gradients, strict=True):
             content = self._request(client, step, with_model=False)
@@ -529,12 +542,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
                     frame = self.gradient_compressor.encode(gradient, seed=seed)
             content[messages.GRADIENT] = messages.frame_record(frame)
             sent[client.number] = content
-        if not math.isfinite(loss):
-            raise RunError(f"round {self._round.number}, step {step}: loss not finite")
-        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step)
-        clients = [c for c in clients if c.number in replies]
-        self._collect_halves(clients, replies, sizes, step)
-        return loss
+        return sent
 
     def _check_enough(
         self, clients: Iterable[ClientInfo], phase: str, step: int
