@@ -322,7 +322,9 @@ class ServerHalf:
             mean over all n samples, times n / n_i.
         """
         self.module.train()
+        sizes = [len(activation) for activation in activations]
         batch = torch.cat(list(activations)).requires_grad_(True)  # (n, ...)
+        del activations
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with compute(self._threads, self.device, seed):
@@ -331,13 +333,11 @@ class ServerHalf:
             loss.backward()
             self._optimizer.step()
         assert batch.grad is not None
-        sizes = [len(activation) for activation in activations]
-        slices = batch.grad.split(sizes)
-        scaled = [
-            part * (len(batch) / size) if size != len(batch) else part
-            for part, size in zip(slices, sizes, strict=True)
-        ]
-        return Step(loss.item(), scaled)
+        slices = list(batch.grad.split(sizes))
+        for part, size in zip(slices, sizes, strict=True):
+            if size != len(batch):
+                part.mul_(len(batch) / size)
+        return Step(loss.item(), slices)
 
     def state(self) -> tuple[Tensors, Tensors]:
         """Return copies of its parameters and buffers, and of its momentum, by name."""

@@ -539,26 +539,35 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
             return None
         gradients, loss = self._train_server(clients, replies, step)
         sizes = {c.number: len(g) for c, g in zip(clients, gradients, strict=True)}
+        whole = {c.number: g.numel() for c, g in zip(clients, gradients, strict=True)}
+        if self.run.gradient_positions == "kept":
+            for number, client in enumerate(clients):
+                with _blame(self._where(client.number, step)):
+                    kept = _at_kept(gradients[number], replies[client.number])
+                gradients[number] = kept
+        sent = self._gradient_messages(clients, gradients, step)
+        del gradients  # as large as all frames of `none` together
+        if not math.isfinite(loss):
+            raise RunError(f"round {self._round.number}, step {step}: loss not finite")
+        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step, whole)
+        clients = [c for c in clients if c.number in replies]
+        self._collect_halves(clients, replies, sizes, step)
+        return loss
+
+    def _gradient_messages(
+        self, clients: list[ClientInfo], gradients: list[torch.Tensor], step: int
+    ) -> dict[int, RecordDict]:
+        """Return what each client is sent to go backward with."""
         sent = {}
         for client, gradient in zip(clients, gradients, strict=True):
             content = self._request(client, step, with_model=False)
-            if self.run.gradient_positions == "kept":
-                with _blame(self._where(client.number, step)):
-                    gradient = _at_kept(gradient, replies[client.number])
             with _blame(self._where(client.number, step, gradient=True)):
                 seed = self._derive("compress.gradient", client.number, step)
                 with self._round.watch("codec"):
                     frame = self.gradient_compressor.encode(gradient, seed=seed)
             content[messages.GRADIENT] = messages.frame_record(frame)
             sent[client.number] = content
-        if not math.isfinite(loss):
-            raise RunError(f"round {self._round.number}, step {step}: loss not finite")
-        elements = [gradient.numel() for gradient in gradients]
-        whole = dict(zip(sent, elements, strict=True))
-        replies = self._exchange(grid, clients, messages.BACKWARD, sent, step, whole)
-        clients = [c for c in clients if c.number in replies]
-        self._collect_halves(clients, replies, sizes, step)
-        return loss
+        return sent
 
     def _check_enough(
         self, clients: Iterable[ClientInfo], phase: str, step: int

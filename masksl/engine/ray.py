@@ -8,10 +8,13 @@ its clients. Ray is started once in a process and used by all its runs.
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,7 @@ from masksl.engine.nodes import (
     serve,
 )
 
-PATIENCE = 60.0  # seconds that hosts have to start
+PATIENCE = 180.0  # seconds that hosts have to start
 KNOCK = 5.0  # seconds that a cluster has to answer
 INLINE = 2_000_000  # bytes of a call that travel in it, not through shared memory
 OUT_OF_BAND = 16_384  # bytes from which an array is not pickled with its message
@@ -118,21 +121,22 @@ def pack(contents: Sequence[RecordDict]) -> list[dict[str, Any]]:
     return packed
 
 
-def unpack(packed: Sequence[Mapping[str, Any]]) -> list[RecordDict]:
-    """Undo `pack`; what was one record is one again."""
+def unpack(packed: Sequence[Mapping[str, Any]]) -> Iterator[RecordDict]:
+    """Undo `pack`, one content after another; what was one record is one again."""
+    shared = Counter(id(record) for records in packed for record in records.values())
     seen: dict[int, ArrayRecord] = {}
-    contents = []
     for records in packed:
         content = RecordDict()
         for name, record in records.items():
-            if isinstance(record, list):
+            if not isinstance(record, list):
+                content[name] = record
+            elif shared[id(record)] == 1:
+                content[name] = _unpack_arrays(record)
+            else:
                 if id(record) not in seen:
                     seen[id(record)] = _unpack_arrays(record)
                 content[name] = seen[id(record)]
-            else:
-                content[name] = record
-        contents.append(content)
-    return contents
+        yield content
 
 
 def _pack_arrays(record: ArrayRecord) -> list[Any]:
@@ -432,6 +436,7 @@ def start(address: str | None, cpus: float) -> None:
         limits = {"max_direct_call_object_size": INLINE}
         ours = {"address": "local", "num_cpus": cpus, "_system_config": limits}
         ours["include_dashboard"] = False
+    ended = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -445,6 +450,9 @@ def start(address: str | None, cpus: float) -> None:
         raise EngineError(
             f"engine.address={address!r}: no Ray there ({_reason(error)})"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler raises inside its calls, which can abort the process.
+        signal.signal(signal.SIGTERM, ended)
     _started.update(address=address, cpus=cpus)
 
 
