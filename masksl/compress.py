@@ -939,7 +939,7 @@ class EntropyCodedQuantization(Compressor):
         least = torch.finfo(work.dtype).tiny
         if self.step is not None and work.numel() > 1:
             unit = work.std(correction=0).item() or unit
-        bounds = math.log((largest or 1.0) * 1e-6), math.log((largest or 1.0) * 4)
+        bounds = math.log((largest or 1.0) * 1e-12), math.log((largest or 1.0) * 4)
         sample = scalar.Sample(magnitude, 2**17, signed)
         deadzone = self.deadzone
         if deadzone is None:

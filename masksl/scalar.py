@@ -122,11 +122,12 @@ class Sample:
         return math.sqrt(max(lost.sum(), 0) / total) if total else 0.0
 
     def bits(self, quantizer: Quantizer) -> float:
-        """Return the bits an element: entropy of the symbols, and signs."""
+        """Return the bits an element: entropy of the symbols, signs, exact values."""
         share = np.diff(self._edges(quantizer)) / len(self._ascending)
         used = share[share > 0]
         signs = 1 - float(share[0]) if self._signed else 0.0
-        return float(-(used * np.log2(used)).sum()) + signs
+        exact = 32 * float(share[Quantizer.LAST])
+        return float(-(used * np.log2(used)).sum()) + signs + exact
 
 
 def best_deadzone(
@@ -160,7 +161,7 @@ def search(
     ``bounds`` are logarithms of the step.
     """
     low, high = bounds
-    for _ in range(14):
+    for _ in range(16):
         middle = (low + high) / 2
         if (measure(math.exp(middle)) > target) == rising:
             high = middle
