@@ -5,7 +5,6 @@ graphs never leave its memory. An exchange is one call a host, with the messages
 its clients. Ray is started once in a process and used by all its runs.
 """
 
-import ctypes
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 
 import ray
+from masksl import heap
 from masksl.engine import EngineError, Shared
 from masksl.engine.nodes import (
     CallGrid,
@@ -40,7 +40,6 @@ from ray.exceptions import RayError, RayTaskError
 PATIENCE = 180.0  # seconds that hosts have to start
 KNOCK = 5.0  # seconds that a cluster has to answer
 INLINE = 2_000_000  # bytes of a call that travel in it, not through shared memory
-CROWD = 64  # clients of a host from which the holes that they leave in the heap count
 OUT_OF_BAND = 16_384  # bytes from which an array is not pickled with its message
 
 logger = logging.getLogger(__name__)
@@ -231,16 +230,9 @@ class Host:
             else:
                 errors.append(None)
                 contents.append(reply.content)
-        if len(heads) > CROWD:
-            _trim_heap()
+        if len(heads) > heap.CROWD:
+            heap.trim()
         return errors, pack(contents)
-
-
-def _trim_heap() -> None:
-    """Give free memory back to the system, which glibc keeps to itself for later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _limit_gpu_memory(share: float) -> None:
