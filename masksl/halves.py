@@ -13,6 +13,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from masksl import heap
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -296,7 +298,7 @@ class ServerHalf:
 
     def step(
         self,
-        activations: Sequence[torch.Tensor],
+        activations: list[torch.Tensor],
         labels: Sequence[torch.Tensor],
         *,
         lr: float,
@@ -306,8 +308,9 @@ class ServerHalf:
 
         Parameters
         ----------
-        activations : Sequence[torch.Tensor]
-            Decoded activation of each client, shape (n_i, ...).
+        activations : list[torch.Tensor]
+            Decoded activation of each client, shape (n_i, ...). The list is emptied, so
+            that their memory is free during the step.
         labels : Sequence[torch.Tensor]
             int64 labels of each client, shape (n_i,).
         lr : float
@@ -323,8 +326,10 @@ class ServerHalf:
         """
         self.module.train()
         sizes = [len(activation) for activation in activations]
-        batch = torch.cat(list(activations)).requires_grad_(True)  # (n, ...)
-        del activations
+        batch = torch.cat(activations).requires_grad_(True)  # (n, ...)
+        activations.clear()
+        if len(sizes) > heap.CROWD:
+            heap.trim()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with compute(self._threads, self.device, seed):

@@ -366,6 +366,7 @@ def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
         expected.append(own.grad)
     server = halves.ServerHalf(module, OptimizerConfig(), threads=1)
     step = server.step(activations, labels, lr=0.1, seed=0)
+    assert not activations, "their memory is free during the step"
     for ours, own in zip(step.gradients, expected, strict=True):
         torch.testing.assert_close(ours, own)
 

@@ -18,7 +18,8 @@ IMPORTS = {
     "seeds": set(),
     "settings": set(),
     "dataset": {"seeds"},
-    "halves": set(),
+    "heap": set(),
+    "halves": {"heap"},
     "config": {"compress", "dataset", "model", "settings"},
     "ledger": set(),
     "results": set(),
@@ -47,7 +48,7 @@ IMPORTS = {
         *("checkpoint", "config", "dataset", "engine", "messages", "server_app"),
         "settings",
     },
-    "engine": {"engine"},
+    "engine": {"engine", "heap"},
 }
 FRAMEWORKS = {"flwr", "ray", "hydra"}
 ALLOWED = {

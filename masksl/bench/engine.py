@@ -158,7 +158,7 @@ def _time_exchanges(grid: Grid, size: int, repeats: int) -> list[float]:
         replies = list(grid.send_and_receive(sent))
         seconds.append(time.perf_counter() - began)
         assert len(replies) == len(nodes)
-        if seconds[-1] > LONG:
+        if len(seconds) > 1 and seconds[-1] > LONG:
             enough = min(enough, FEW + 1)
         del sent, replies
     return seconds[1:]
@@ -420,6 +420,8 @@ def _is_host(pid: int) -> bool:
 
 def _show(title: str, columns: Mapping[str, str], rows: list[dict[str, Any]]) -> None:
     """Print rows: each column is a key with the format of its values."""
+    if not rows:
+        return
     table = Table(title=title)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
@@ -429,7 +431,7 @@ def _show(title: str, columns: Mapping[str, str], rows: list[dict[str, Any]]) ->
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the tables of a report."""
+    """Print the tables of a report, those that have rows."""
     cores = f"{report['cores']} cores"
     columns = {"engine": "", "clients": ",", "bytes": ",", "exchanges": ""}
     times = dict.fromkeys(("mean_ms", "p50_ms", "p95_ms"), ",.1f")
@@ -472,6 +474,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for clients in arguments.clients:
             sizes = [n for n in arguments.sizes if n * clients <= arguments.most]
             for name in engine.ENGINES:
+                _tell(f"exchanges of {clients} clients on {name}")
                 report["exchanges"] += exchanges(
                     name, clients, sizes, arguments.repeats
                 )
@@ -479,15 +482,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     where = f"dataset.root={arguments.root}"
     if "steps" in arguments.parts:
         for job, overrides in JOBS.items():
+            _tell(f"steps of the {job} in a bare loop")
             rows = [bare_steps(*overrides, where)]
-            rows += [train_steps(n, *overrides, where) for n in ("local", "ray")]
-            rows.append(train_steps("flower", *overrides, where))
+            for name in ("local", "ray", "flower"):
+                _tell(f"steps of the {job} on {name}")
+                rows.append(train_steps(name, *overrides, where))
             report["steps"] += [{"job": job} | row for row in rows]
         _relate(report["steps"], "step_ms", "ray", ("job",))
         _relate(report["steps"], "step_ms", "bare loop", ("job",))
     if "memory" in arguments.parts:
-        report["memory"] = [memory(n, where) for n in arguments.clients]
+        for clients in arguments.clients:
+            _tell(f"memory of {clients} clients")
+            report["memory"].append(memory(clients, where))
     return report
+
+
+def _tell(what: str) -> None:
+    """Say what is being measured."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def run_command(words: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 from ray.exceptions import RayError, RayTaskError
 
+from masksl import heap
 from masksl.engine import EngineError, Shared
 from masksl.engine.nodes import (
     CallGrid,
@@ -229,6 +230,8 @@ class Host:
             else:
                 errors.append(None)
                 contents.append(reply.content)
+        if len(heads) > heap.CROWD:
+            heap.trim()
         return errors, pack(contents)
 
 
