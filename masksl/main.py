@@ -103,6 +103,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print("masksl: interrupted", file=sys.stderr)
+        engine.stop()
         _leave(130)
 
 

@@ -192,8 +192,14 @@ def test_nothing_of_a_simulation_stays_behind(no_ray: None, tmp_path: Path) -> N
     assert simulation_processes() == []
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", engine.ENGINES)
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *((name, signal.SIGINT) for name in engine.ENGINES),
+        ("local", signal.SIGTERM),
+        ("flower", signal.SIGTERM),
+    ],
+)
 def test_an_ended_run_leaves_no_process(
     name: str, end: signal.Signals, no_ray: None, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Where the Flower apps run: engines behind one function, `run`."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,3 +69,10 @@ def run(
     # Imported by name, so that the local engine never loads Ray.
     chosen = import_module(f"masksl.engine.{name}")
     chosen.run(build, client_app, clients=clients, options=options, shared=shared)
+
+
+def stop() -> None:
+    """End what an engine keeps running for the next run of this process."""
+    ray = sys.modules.get("masksl.engine.ray")
+    if ray is not None:
+        ray.stop()

@@ -459,6 +459,15 @@ def start(address: str | None, cpus: float) -> None:
     _started.update(address=address, cpus=cpus)
 
 
+def stop() -> None:
+    """End Ray, or leave the cluster.
+
+    Where the program is killed instead, two agents of Ray's live on for a minute.
+    """
+    ray.shutdown()
+    _started.clear()
+
+
 def _probe(address: str) -> None:
     """Knock at an address: Ray itself would wait there for minutes."""
     name, _, port = address.rpartition(":")
