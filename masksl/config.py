@@ -204,7 +204,7 @@ def from_run_config(run_config: Mapping[str, Value]) -> Settings:
 
 
 _FREE_ON_RESUME = (
-    *("engine.", "checkpoint.", "resume", "min_clients"),
+    *("engine.", "checkpoint.", "resume", "min_clients", "target"),
     *("dataset.root", "dataset.download", "dataset.workers"),
 )
 

@@ -45,7 +45,7 @@ def settings_of(composed: DictConfig) -> Settings:
     settings = flatten(OmegaConf.to_container(composed, resolve=True))  # type: ignore
     config.check(settings)
     for key in ("dataset.root", "resume"):
-        if (path := parse(settings[key])) is not None:
+        if (path := parse(settings[key])) not in (None, server_app.AUTO):
             settings[key] = str(Path(path).absolute())
     if not _is_pinned(settings):
         dataset.partition(*division(settings))
@@ -62,6 +62,9 @@ def run(settings: Settings, folder: Path) -> None:
     folder : Path
         Run folder.
     """
+    if server_app.is_finished(settings, folder):
+        logger.info("%s: finished before, and not repeated", folder)
+        return
     server_app.saved_state(settings, folder)  # what is wrong with it, at once
     engine.run(
         str(settings["engine.name"]),

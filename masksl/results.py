@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -47,6 +49,11 @@ class RunFolder:
         _write(
             self.path / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n"
         )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a run folder, flat."""
+    return yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

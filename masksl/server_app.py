@@ -21,10 +21,11 @@ from masksl.dataset import DATASETS
 from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_device
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
-from masksl.results import RunFolder
+from masksl.results import SUMMARY, RunFolder, read_config, read_summary
 from masksl.settings import RunConfig, Settings, import_plugins, parse, section
 from masksl.strategy import SharedHalf, SplitLearning, State
 
+AUTO = "auto"  # resume: go on with what is in the run's own folder
 PATIENCE = 60.0  # seconds that clients have to appear
 
 app = ServerApp()
@@ -160,6 +161,8 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
     named = parse(settings["resume"])
     if named is None:
         return None
+    if named == AUTO:
+        return _own_state(settings, folder)
     old = Path(named)
     if old.resolve() == folder.resolve():
         allowed = "a folder other than this run's own, which is written anew"
@@ -172,6 +175,30 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
     tensors, facts = checkpoint.read(old)
     config.check_resume(settings, facts["settings"], facts["round"])
     return State(tensors, facts)
+
+
+def _own_state(settings: Settings, folder: Path) -> State | None:
+    """Return what an earlier start of the same run left in its folder, if anything."""
+    if not checkpoint.exists(folder):
+        return None
+    tensors, facts = checkpoint.read(folder)
+    config.check_resume(settings, facts["settings"], facts["round"])
+    return State(tensors, facts)
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Tell whether an earlier start of the same run came to its end.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run of another configuration.
+    """
+    if parse(settings["resume"]) != AUTO or not (folder / SUMMARY).exists():
+        return False
+    done = int(read_summary(folder)["rounds"])
+    config.check_resume(settings, read_config(folder), done)
+    return done >= int(settings["rounds"])
 
 
 def _is_run_folder(folder: Path) -> bool:

@@ -148,6 +148,7 @@ class _Round:
 
     number: int
     lr: float
+    steps: int = 0
     samples: int = 0
     loss: float = 0.0
     rebuilt: int = 0
@@ -332,7 +333,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
         lr = self.optimizer.lr * self.schedule.factor(number, rounds)
         self._round = _Round(number, lr)
         chosen = self.sample(number)
-        steps = max(client.train_steps for client in chosen)
+        self._round.steps = steps = max(client.train_steps for client in chosen)
         parts = self.run.evaluations
         due = {math.ceil(steps * part / parts) for part in range(1, parts)} - {steps}
         began_training = began
@@ -743,6 +744,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
             "lr": this.lr,
             "loss": this.loss / this.samples,
             **this.figures(),
+            "steps": this.steps,
             "checks": this.checks,
             "samples": this.samples,
             "relative_error": sum(this.errors) / len(this.errors),

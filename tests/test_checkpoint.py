@@ -72,6 +72,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    """With resume=auto: from the checkpoint, and not at all when it is finished."""
+    expected = run(tmp_path / "whole", *SMALL)
+    again = (*SMALL, "resume=auto")
+    run_until(tmp_path / "run", 1, *again)
+    run_until(tmp_path / "run", 3, *again)
+    assert checkpoint.read(tmp_path / "run")[1]["round"] == 3
+    assert run(tmp_path / "run", *again) == expected
+    written = (tmp_path / "run" / results.SUMMARY).stat().st_mtime_ns
+    assert run(tmp_path / "run", *again) == expected
+    assert (tmp_path / "run" / results.SUMMARY).stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="batch_size"):
+        run(tmp_path / "run", *again, "batch_size=25")
+    rows, _ = run(tmp_path / "run", *again, "rounds=5")
+    assert rows[:4] == expected[0]
+    assert len(rows) == 5
+
+
 def test_a_run_can_be_prolonged_and_change_its_engine(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", *SMALL)
     run(tmp_path / "short", *SMALL, "rounds=2", "checkpoint.every=5")
