@@ -1,12 +1,16 @@
 """Flower ClientApp: messages to and from a `ClientHalf`."""
 
+import math
+import os
+import platform
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -30,7 +34,15 @@ from masksl.dataset import (
     shards,
 )
 from masksl.halves import ClientHalf, OptimizerConfig, Tensors, resolve_device
-from masksl.settings import RunConfig, Settings, Value, import_plugins, section
+from masksl.settings import (
+    RunConfig,
+    Settings,
+    Value,
+    import_plugins,
+    parse,
+    section,
+)
+from masksl.timing import Stopwatch
 
 app = ClientApp()
 
@@ -49,9 +61,27 @@ class _Place:
     step: int
 
 
-# Graphs between forward and backward by (run, client): a cache. A backward that does
-# not find its own rebuilds it from the state.
-_graphs: dict[tuple[int, int], tuple[_Place, ClientHalf]] = {}
+@dataclass
+class _Graphs:
+    """Graphs between forward and backward, of one step of one run: a cache.
+
+    A backward that does not find its own rebuilds it from the state.
+    """
+
+    step: tuple[int, _Place] | None = None
+    halves: dict[int, ClientHalf] = field(default_factory=dict)
+
+
+@dataclass
+class _Received:
+    """The last half that came, decoded: clients that get the same share it."""
+
+    record: ArrayRecord | None = None
+    tensors: Tensors = field(default_factory=dict)
+
+
+_graphs = _Graphs()
+_received = _Received()
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,7 @@ class Setup:
 
     run: RunConfig
     threads: int
+    graphs: float
     dataset: DatasetConfig
     compressor: Compressor
     optimizer: OptimizerConfig
@@ -89,6 +120,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     return Setup(
         run=run,
         threads=int(settings["threads.client"]),
+        graphs=parse(settings.get("engine.clients_in_flight", "null")) or math.inf,
         dataset=dataset,
         compressor=make(**section(settings, "compressor")),
         optimizer=OptimizerConfig(**section(settings, "optimizer")),
@@ -109,12 +141,16 @@ class Client:
     setup: Setup
     context: Context
     number: int
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def of(cls, context: Context) -> "Client":
         """Return the client of a context that has met its settings."""
-        settings: Any = context.state.config_records[messages.SETTINGS]
-        return cls(Setup.of(dict(settings)), context, _number(context))
+        told: Any = context.state.config_records[messages.SETTINGS]
+        settings = dict(told)
+        if "dataset-root" in context.node_config:  # its data are on its own machine
+            settings["dataset.root"] = context.node_config["dataset-root"]
+        return cls(Setup.of(settings), context, _number(context))
 
     @property
     def run(self) -> RunConfig:
@@ -161,34 +197,68 @@ class Client:
         return self.data().test_batch(self.test_part()[step * size :][:size])
 
     def receive(self, content: RecordDict) -> None:
-        """Take the half that came with a message, if one did."""
-        tensors = messages.model_of(content, self.setup.initial)
+        """Take the half that came with a message, if one did.
+
+        Where every client steps a half of its own, it gets copies of the parameters.
+        """
+        with self.watch("codec"):
+            tensors = _decoded_model(content, self.setup.initial)
         if tensors is not None:
-            self.context.state[_HALF] = messages.state_record(tensors)
+            self.context.state[_HALF] = messages.state_record(self._own(tensors))
 
     def half(self) -> ClientHalf:
-        """Return its half as its state has it, the initial one where it has none."""
+        """Return its half as its state has it, the initial one where it has none.
+
+        Its buffers, which a forward pass changes, are copies, so that the pass can be
+        done again from the state.
+        """
         state, device = self.context.state.array_records, self.setup.device
         if _HALF in state:
             tensors = messages.state_tensors(state[_HALF], device)
         else:
-            tensors = {name: t.clone() for name, t in self.setup.initial.items()}
+            tensors = self._own(self.setup.initial)
         momentum = messages.state_tensors(state.get(_MOMENTUM, {}), device)
-        return ClientHalf(self.setup.module, tensors, momentum, self.setup.threads)
+        half = ClientHalf(self.setup.module, tensors, momentum, self.setup.threads)
+        tensors |= {name: buffer.clone() for name, buffer in half.buffers.items()}
+        return half
 
-    def remember(self, half: ClientHalf, *, before_forward: bool = False) -> None:
-        """Put a half into the state.
+    def _own(self, tensors: Tensors) -> Tensors:
+        """Return tensors that this client may change, under ``step`` none."""
+        if self.run.client_sync == "step":
+            return dict(tensors)
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
-        Before a forward pass the buffers that it will change are put there as copies,
-        so that the pass can be done again from the state.
-        """
-        tensors = half.tensors
-        if before_forward:
-            copies = {name: buffer.clone() for name, buffer in half.buffers.items()}
-            tensors = tensors | copies
-        self.context.state[_HALF] = messages.state_record(tensors)
+    def remember(self, half: ClientHalf) -> None:
+        """Put a half into the state."""
+        self.context.state[_HALF] = messages.state_record(half.tensors)
         if half.momentum:
             self.context.state[_MOMENTUM] = messages.state_record(half.momentum)
+
+    def save(self) -> RecordDict:
+        """Return what only this client knows of its half."""
+        state, saved = self.context.state.array_records, RecordDict()
+        kept = {messages.MOMENTUM: _MOMENTUM}
+        if self.run.client_sync == "never":
+            kept[messages.MODEL] = _HALF
+        for kind, name in kept.items():
+            if name in state:
+                tensors = messages.state_tensors(state[name], self.setup.device)
+                saved[kind] = messages.model_record(tensors)
+        return saved
+
+    def restore(self, content: RecordDict) -> None:
+        """Take back what `save` returned, and the half."""
+        self.receive(content)
+        names = {name for name, _ in self.setup.module.named_parameters()}
+        like = {name: t for name, t in self.setup.initial.items() if name in names}
+        momentum = messages.model_of(content, like, messages.MOMENTUM)
+        if momentum is not None:
+            self.context.state[_MOMENTUM] = messages.state_record(momentum)
+
+    def figures(self, **more: Any) -> MetricRecord:
+        """Return measurements: who worked, and for how long on what."""
+        told = {f"{part}_seconds": s for part, s in self.watch.seconds.items()}
+        return MetricRecord({"worker": _worker()} | told | more)
 
     def forget(self) -> None:
         """Drop the half from the state: the next message brings a new one."""
@@ -210,59 +280,75 @@ class Client:
         return half.forward(images, seed=seed), labels
 
     def keep_graph(self, half: ClientHalf, place: _Place) -> None:
-        """Cache a graph; all clients move together, so those of other steps go."""
-        for key, (kept, _) in list(_graphs.items()):
-            if key[0] != self.context.run_id or kept != place:
-                del _graphs[key]
-        _graphs[self.context.run_id, self.number] = place, half
+        """Cache a graph; all clients move together, so those of other steps go.
+
+        Beyond as many as may be in flight in a process none is kept.
+        """
+        step = (self.context.run_id, place)
+        if _graphs.step != step:
+            _graphs.step, _graphs.halves = step, {}
+        if len(_graphs.halves) < self.setup.graphs:
+            _graphs.halves[self.number] = half
 
     def take_graph(self, place: _Place) -> ClientHalf | None:
         """Return the half whose graph belongs to a step, None if it is not here."""
-        kept, half = _graphs.pop((self.context.run_id, self.number), (None, None))
-        return half if kept == place else None
+        if _graphs.step != (self.context.run_id, place):
+            return None
+        return _graphs.halves.pop(self.number, None)
 
 
 def forward(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.forward`: the activation of the next mini-batch."""
     place = _place(content)
     client.receive(content)
-    half = client.half()
-    client.remember(half, before_forward=True)
-    activation, labels = client.run_forward(half, place)
+    with client.watch("half"):
+        half = client.half()
+        activation, labels = client.run_forward(half, place)
     client.keep_graph(half, place)
-    frame = client.setup.compressor.encode(
-        activation, seed=client.seed("compress", place), training=True
-    )
+    with client.watch("codec"):
+        frame = client.setup.compressor.encode(
+            activation, seed=client.seed("compress", place), training=True
+        )
     if client.run.gradient_positions == "kept":
         client.context.state[_SENT] = messages.frame_record(frame)
     reply = _activation(client, frame, labels)
+    more = {}
     if place.step == 0:
-        error = relative_error(activation, decode(frame, device=activation.device))
-        reply[messages.FIGURES] = MetricRecord({"relative_error": error})
+        decoded = decode(frame, device=activation.device)
+        more["relative_error"] = relative_error(activation, decoded)
+    reply[messages.FIGURES] = client.figures(**more)
     return reply
 
 
 def backward(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.backward`: back-propagate, and step or hand over."""
     place = _place(content)
-    half = client.take_graph(place)
-    rebuilt = half is None
-    if half is None:
-        half = client.half()
-        client.run_forward(half, place)
-    frame = messages.frame_of(content, messages.GRADIENT)
-    gradient = decode(frame, device=client.setup.device)
-    gradients = half.backward(gradient, client.kept())
-    reply = RecordDict({messages.FIGURES: MetricRecord({"rebuilt": int(rebuilt)})})
-    if client.run.client_sync == "step":
-        reply[messages.MODEL] = messages.model_record(gradients | half.buffers)
-        client.forget()
-        return reply
+    with client.watch("codec"):
+        frame = messages.frame_of(content, messages.GRADIENT)
+        gradient = decode(frame, device=client.setup.device)
+        kept = client.kept()
+    with client.watch("half"):
+        half = client.take_graph(place)
+        rebuilt = half is None
+        if half is None:
+            half = client.half()
+            client.run_forward(half, place)
+        gradients = half.backward(gradient, kept)
+    reply = RecordDict()
     told: Mapping[str, Any] = content.config_records[messages.PLACE]
-    half.step(gradients, client.setup.optimizer, told["lr"])
-    client.remember(half)
-    if client.run.client_sync == "round" and told["last"]:
-        reply[messages.MODEL] = messages.model_record(half.tensors)
+    if client.run.client_sync == "step":
+        handed: Tensors | None = gradients | half.buffers
+        client.forget()
+    else:
+        with client.watch("half"):
+            half.step(gradients, client.setup.optimizer, told["lr"])
+        client.remember(half)
+        over = client.run.client_sync == "round" and told["last"]
+        handed = half.tensors if over else None
+    if handed is not None:
+        with client.watch("codec"):
+            reply[messages.MODEL] = messages.model_record(handed)
+    reply[messages.FIGURES] = client.figures(rebuilt=int(rebuilt))
     return reply
 
 
@@ -270,17 +356,30 @@ def evaluate(client: Client, content: RecordDict) -> RecordDict:
     """Answer `evaluate.forward`: the activation of a batch of test images."""
     place = _place(content)
     client.receive(content)
-    images, labels = client.test_batch(place.step)
-    activation = client.half().evaluate(images)
-    frame = client.setup.compressor.encode(
-        activation, seed=client.seed("compress.test", place), training=False
-    )
-    return _activation(client, frame, labels)
+    with client.watch("half"):
+        images, labels = client.test_batch(place.step)
+        activation = client.half().evaluate(images)
+    with client.watch("codec"):
+        frame = client.setup.compressor.encode(
+            activation, seed=client.seed("compress.test", place), training=False
+        )
+    reply = _activation(client, frame, labels)
+    reply[messages.FIGURES] = client.figures()
+    return reply
+
+
+def save(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `query.save`: what must be kept for this client."""
+    del content
+    return client.save()
 
 
 @app.query("hello")
 def on_hello(message: Message, context: Context) -> Message:
-    """Take the settings; tell the partition and how much data it has."""
+    """Take the settings; tell the partition and how much data it has.
+
+    The client begins anew; what was kept for it may come with the settings.
+    """
     context.state.clear()
     context.state[messages.SETTINGS] = message.content[messages.SETTINGS]
     figures: dict[str, Any] = {"partition": _number(context)}
@@ -288,13 +387,20 @@ def on_hello(message: Message, context: Context) -> Message:
     if client.number < client.run.clients:
         try:
             train, test = len(client.train_part()), len(client.test_part())
-        except DatasetError as error:
+            client.restore(message.content)
+        except (DatasetError, FrameError) as error:
             return Message(messages.failure(error), reply_to=message)
         figures["train_samples"] = train
         figures["train_steps"] = len(batches(train, client.run.batch_size))
         figures["test_steps"] = -(-test // client.run.eval_batch_size)
     content = RecordDict({messages.FIGURES: MetricRecord(figures)})
     return Message(content, reply_to=message)
+
+
+@app.query("save")
+def on_save(message: Message, context: Context) -> Message:
+    """See `save`."""
+    return _answer(save, message, context)
 
 
 @app.train("forward")
@@ -328,6 +434,23 @@ def _answer(handler: Handler, message: Message, context: Context) -> Message:
     except (FrameError, NotFiniteError) as error:
         content = messages.failure(error)
     return Message(content, reply_to=message)
+
+
+@lru_cache(maxsize=1)
+def _worker() -> int:
+    """Return what tells this process from others, on any machine."""
+    return zlib.crc32(f"{platform.node()}/{os.getpid()}".encode())
+
+
+def _decoded_model(content: RecordDict, like: Tensors) -> Tensors | None:
+    """Return the half of a message; do not change it, other clients have it too."""
+    record = content.array_records.get(messages.MODEL)
+    if record is None:
+        return None
+    if record is not _received.record:
+        _received.tensors = messages.model_of(content, like) or {}
+        _received.record = record
+    return _received.tensors
 
 
 def _activation(client: Client, frame: bytes, labels: torch.Tensor) -> RecordDict:

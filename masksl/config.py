@@ -19,7 +19,7 @@ from masksl.settings import Settings, Value, import_plugins, parse, section
 COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")
 SYNCS = ("step", "round", "never")
 SCHEDULES = ("constant", "cosine", "multistep", "step")
-ENGINES = ("flower", "local")
+ENGINES = ("flower", "local", "ray")
 
 
 class ConfigError(ValueError):
@@ -70,6 +70,15 @@ def _modules(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
+_PIN = re.compile(r"\S+ (\d+)(?:-(\d+))?(?: [^\s=]+=\S+)*")
+
+
+def _pins(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    return all(isinstance(pin, str) and _PIN.fullmatch(pin) for pin in value)
+
+
 _POSITIVE = Rule("a number greater than 0", lambda v: _is_number(v) and v > 0)
 _RATE = Rule(
     "a number greater than 0 and at most 1e30",
@@ -87,7 +96,12 @@ _DEVICE = Rule("auto, cpu, cuda or cuda:N", lambda v: _device_type(v) is not Non
 RULES: dict[str, Rule] = {
     "plugins": Rule("a list of modules that can be imported", _modules),
     "rounds": _whole(1),
+    "evaluations": _whole(1),
+    "target": _optional(_FRACTION),
     "clients": _whole(1),
+    "min_clients": _whole(1),
+    "checkpoint.every": _whole(0),
+    "resume": _optional(_TEXT),
     "fraction": _FRACTION,
     "batch_size": _whole(1),
     "eval_batch_size": _whole(1),
@@ -112,6 +126,16 @@ RULES: dict[str, Rule] = {
     "engine.name": _choice(ENGINES),
     "engine.cpus_per_client": _POSITIVE,
     "engine.gpus_per_client": _NOT_NEGATIVE,
+    "engine.hosts": _whole(1),
+    "engine.cpus_per_host": _NOT_NEGATIVE,
+    "engine.gpus_per_host": _NOT_NEGATIVE,
+    "engine.gpu_memory_fraction": _optional(_FRACTION),
+    "engine.clients_in_flight": _optional(_whole(1)),
+    "engine.address": _optional(_TEXT),
+    "engine.pin": _optional(
+        Rule("a list of entries RESOURCE FIRST-LAST [KEY=VALUE ...]", _pins)
+    ),
+    "engine.max_restarts": _whole(0),
     "model.name": _choice(list(model.ARCHITECTURES)),
     "dataset.name": _choice(list(dataset.DATASETS)),
     "dataset.root": _TEXT,
@@ -153,6 +177,7 @@ def check(settings: Mapping[str, Value]) -> None:
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
     _check_optimizer(settings)
+    _check_participation(settings)
     _check_engine(settings)
     _check_samples(settings)
     options = tuple(f"{group}." for group in COMPRESSOR_GROUPS)
@@ -176,6 +201,49 @@ def from_run_config(run_config: Mapping[str, Value]) -> Settings:
                 if option not in known:
                     del settings[f"{group}.{option}"]
     return settings
+
+
+_FREE_ON_RESUME = (
+    *("engine.", "checkpoint.", "resume", "min_clients", "target"),
+    *("dataset.root", "dataset.download", "dataset.workers"),
+)
+
+
+def check_resume(
+    settings: Mapping[str, Value], saved: Mapping[str, Value], done: int
+) -> None:
+    """Refuse to go on with a run under a configuration that would change it.
+
+    Engines, places of data and checkpoints change nothing; nor do more rounds, unless
+    the schedule of the learning rate depends on their number.
+
+    Parameters
+    ----------
+    settings : Mapping[str, Value]
+        Checked settings of the run that goes on.
+    saved : Mapping[str, Value]
+        Those of the run that it goes on from.
+    done : int
+        Rounds that this one completed.
+
+    Raises
+    ------
+    ConfigError
+        Naming every key that differs.
+    """
+    free: tuple[str, ...] = _FREE_ON_RESUME
+    if settings["schedule.name"] != "cosine" and int(settings["rounds"]) >= done:
+        free = (*free, "rounds")
+    differing = [
+        f"{key} ({saved.get(key, 'not given')!r} there, "
+        f"{settings.get(key, 'not given')!r} here)"
+        for key in sorted(settings.keys() | saved.keys())
+        if settings.get(key) != saved.get(key) and not key.startswith(free)
+    ]
+    if differing:
+        allowed = f"a run of the same configuration, which differs in {differing[0]}"
+        allowed = ", ".join([allowed, *differing[1:]])
+        raise ConfigError.of("resume", settings["resume"], allowed)
 
 
 def _check_plugins(settings: Mapping[str, Value]) -> None:
@@ -237,25 +305,84 @@ def _check_optimizer(settings: Mapping[str, Value]) -> None:
         raise ConfigError.of("optimizer.nesterov", True, "false without momentum")
 
 
+def _check_participation(settings: Mapping[str, Value]) -> None:
+    """Refuse a least number of clients that no round could have."""
+    fraction, clients = float(settings["fraction"]), int(settings["clients"])
+    most = max(1, round(fraction * clients))
+    if int(settings["min_clients"]) > most:
+        allowed = f"at most {most}, the clients of a round"
+        raise ConfigError.of("min_clients", settings["min_clients"], allowed)
+
+
+_ENGINE_KEYS = {
+    "local": (),
+    "flower": ("cpus_per_client", "gpus_per_client"),
+    "ray": (
+        *("hosts", "cpus_per_host", "gpus_per_host", "gpu_memory_fraction"),
+        *("clients_in_flight", "address", "pin", "max_restarts"),
+    ),
+}
+
+
 def _check_engine(settings: Mapping[str, Value]) -> None:
-    """Refuse clients that Flower's simulation could never place."""
-    if settings["engine.name"] != "flower":
-        return
-    for key in ("engine.cpus_per_client", "engine.gpus_per_client"):
+    """Refuse what an engine could never place."""
+    name = str(settings["engine.name"])
+    for key in (f"engine.{option}" for option in _ENGINE_KEYS[name]):
         if key not in settings:
             raise ConfigError.of(key, None, RULES[key].allowed)
-    cpus, here = float(settings["engine.cpus_per_client"]), os.cpu_count() or 1
+    if name == "flower":
+        _check_here(settings, "client", 1)
+    elif name == "ray":
+        if parse(settings["engine.pin"]):
+            _check_pins(settings)
+        if parse(settings["engine.address"]) is None:
+            _check_here(settings, "host", int(settings["engine.hosts"]))
+
+
+def _check_here(settings: Mapping[str, Value], each: str, number: int) -> None:
+    """Refuse more than this machine has for a process of the engine."""
+    key = f"engine.cpus_per_{each}"
+    cpus, here = float(settings[key]), os.cpu_count() or 1
     if cpus > here:
-        allowed = f"at most {here}, the CPUs that are here"
-        raise ConfigError.of("engine.cpus_per_client", cpus, allowed)
-    gpus = float(settings["engine.gpus_per_client"])
+        raise ConfigError.of(key, cpus, f"at most {here}, the CPUs that are here")
+    key = f"engine.gpus_per_{each}"
+    gpus = float(settings[key])
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus > count:
-        allowed = f"at most {count}, the CUDA devices that are here"
-        raise ConfigError.of("engine.gpus_per_client", gpus, allowed)
+    if number * gpus > count:
+        shared = f" for {number} {each}s" if number > 1 else ""
+        allowed = f"at most {count / number:g}{shared}: {count} CUDA devices are here"
+        raise ConfigError.of(key, gpus, allowed)
     if _device_type(settings["client_device"]) == "cuda" and not gpus:
         allowed = "greater than 0 with client_device=cuda: Ray hides GPUs otherwise"
-        raise ConfigError.of("engine.gpus_per_client", gpus, allowed)
+        raise ConfigError.of(key, gpus, allowed)
+
+
+def _check_pins(settings: Mapping[str, Value]) -> None:
+    """Refuse pins that leave a partition out or name one twice."""
+    pinned: list[int] = []
+    for pin in parse(settings["engine.pin"]):
+        match = _PIN.fullmatch(pin)
+        assert match is not None
+        first, last = int(match[1]), int(match[2] or match[1])
+        pinned += range(first, last + 1)
+    if sorted(pinned) != list(range(int(settings["clients"]))):
+        last = int(settings["clients"]) - 1
+        allowed = f"entries that name each partition from 0 to {last} once"
+        raise ConfigError.of("engine.pin", list(parse(settings["engine.pin"])), allowed)
+
+
+def warnings(settings: Mapping[str, Value]) -> list[str]:
+    """Return what of a checked configuration is allowed but hardly meant, in lines."""
+    found = []
+    if settings["engine.name"] == "ray" and parse(settings["engine.address"]) is None:
+        hosts, threads = int(settings["engine.hosts"]), int(settings["threads.client"])
+        here = os.cpu_count() or 1
+        if hosts * threads > here:
+            found.append(
+                f"engine.hosts={hosts} times threads.client={threads} is "
+                f"{hosts * threads} threads on {here} cores"
+            )
+    return found
 
 
 def _check_samples(settings: Mapping[str, Value]) -> None:

@@ -105,5 +105,8 @@ def print_summary(summary: Mapping[str, Any], folder: str) -> None:
     table.add_section()
     table.add_row("time on the simulated link", f"{summary['link_seconds']:.2f} s")
     table.add_row("wall time", f"{summary['wall_seconds']:.1f} s")
+    table.add_row("training", f"{summary['samples_per_second']:,.0f} samples/s")
+    for part, share in summary["shares"].items():
+        table.add_row(f"time in {part.replace('_', ' ')}", f"{share:.1%}")
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)

@@ -5,12 +5,14 @@ batch by batch. Either way augmentation and normalisation are tensor operations 
 batch, with randomness of their own for every sample.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -260,9 +262,15 @@ class Dataset:
         return images.float().mul_(self._scale).add_(self._shift)
 
 
+_adopted: dict[str, Any] = {}
+"""What another process of this machine has read; see `adopt`."""
+
+
 @lru_cache(maxsize=2)
 def _read(config: DatasetConfig) -> tuple[Images, Images]:
     """Return the training and the test images, limited, on the CPU."""
+    if _adopted.get("config") == config:
+        return _adopted["images"]
     train, test = DATASETS[config.name].load(config)
     return train.first(config.limit), test.first(config.test_limit)
 
@@ -321,6 +329,8 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
     DatasetError
         If the samples cannot be divided so.
     """
+    if _adopted.get("key") == (config, clients, seed):
+        return _adopted["parts"]
     # Imported here: it takes seconds, and only those who hold training data need it.
     from datasets import Dataset as Table  # pylint: disable=import-outside-toplevel
 
@@ -352,6 +362,63 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
             "without samples; take fewer clients or another partition"
         )
     return parts
+
+
+def share(config: DatasetConfig, clients: int, seed: int) -> dict[str, Any]:
+    """Return a data set and its partition for `adopt` in other processes.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+        The data set and the kind of partition.
+    clients : int
+        Number of parts.
+    seed : int
+        Seed of the run.
+
+    Returns
+    -------
+    dict[str, Any]
+        NumPy arrays of images, labels and indices, and what tells them apart.
+    """
+    parts = partition(config, clients, seed)
+    return {
+        "key": (config, clients, seed),
+        "images": [
+            (
+                (split.images.numpy(), split.labels.numpy())
+                if isinstance(split, TensorImages)
+                else split
+            )
+            for split in _read(config)
+        ],
+        "indices": torch.cat(parts).numpy(),
+        "sizes": [len(part) for part in parts],
+    }
+
+
+def adopt(shared: Mapping[str, Any]) -> None:
+    """Take what `share` returned in another process as if it had been read here.
+
+    The arrays are not copied and may be read-only.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        images = tuple(
+            split if isinstance(split, Images) else TensorImages(*map(_tensor, split))
+            for split in shared["images"]
+        )
+        indices = _tensor(shared["indices"])
+    _adopted.update(
+        key=shared["key"],
+        config=shared["key"][0],
+        images=images,
+        parts=list(indices.split(shared["sizes"])),
+    )
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
 
 
 def shards(samples: int, clients: int, seed: int) -> list[torch.Tensor]:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from masksl import heap
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -296,7 +298,7 @@ class ServerHalf:
 
     def step(
         self,
-        activations: Sequence[torch.Tensor],
+        activations: list[torch.Tensor],
         labels: Sequence[torch.Tensor],
         *,
         lr: float,
@@ -306,8 +308,9 @@ class ServerHalf:
 
         Parameters
         ----------
-        activations : Sequence[torch.Tensor]
-            Decoded activation of each client, shape (n_i, ...).
+        activations : list[torch.Tensor]
+            Decoded activation of each client, shape (n_i, ...). The list is emptied, so
+            that their memory is free during the step.
         labels : Sequence[torch.Tensor]
             int64 labels of each client, shape (n_i,).
         lr : float
@@ -322,7 +325,11 @@ class ServerHalf:
             mean over all n samples, times n / n_i.
         """
         self.module.train()
-        batch = torch.cat(list(activations)).requires_grad_(True)  # (n, ...)
+        sizes = [len(activation) for activation in activations]
+        batch = torch.cat(activations).requires_grad_(True)  # (n, ...)
+        activations.clear()
+        if len(sizes) > heap.CROWD:
+            heap.trim()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with compute(self._threads, self.device, seed):
@@ -331,13 +338,30 @@ class ServerHalf:
             loss.backward()
             self._optimizer.step()
         assert batch.grad is not None
-        sizes = [len(activation) for activation in activations]
-        slices = batch.grad.split(sizes)
-        scaled = [
-            part * (len(batch) / size) if size != len(batch) else part
-            for part, size in zip(slices, sizes, strict=True)
-        ]
-        return Step(loss.item(), scaled)
+        slices = list(batch.grad.split(sizes))
+        for part, size in zip(slices, sizes, strict=True):
+            if size != len(batch):
+                part.mul_(len(batch) / size)
+        return Step(loss.item(), slices)
+
+    def state(self) -> tuple[Tensors, Tensors]:
+        """Return copies of its parameters and buffers, and of its momentum, by name."""
+        tensors = {n: t.detach().clone() for n, t in self.module.state_dict().items()}
+        momentum = {}
+        for name, parameter in self.module.named_parameters():
+            kept = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if kept is not None:
+                momentum[name] = kept.clone()
+        return tensors, momentum
+
+    def load(self, tensors: Tensors, momentum: Tensors) -> None:
+        """Take what `state` returned, on any device; it is copied."""
+        self.module.load_state_dict(tensors)
+        self._optimizer.state.clear()
+        for name, parameter in self.module.named_parameters():
+            if name in momentum:
+                kept = momentum[name].to(parameter.device, copy=True)
+                self._optimizer.state[parameter]["momentum_buffer"] = kept
 
     def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
         """Score a batch of decoded activations against its labels."""

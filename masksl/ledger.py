@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 UP = "up"
 DOWN = "down"
@@ -90,6 +90,23 @@ class Traffic:
     ) -> int:
         """Return the float32 bytes of the same tensors, likewise."""
         return _select(self._dense, phase, direction, kind)
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums as what JSON can hold."""
+        return {
+            "bytes": [[*key, n] for key, n in self._bytes.items()],
+            "dense": [[*key, n] for key, n in self._dense.items()],
+            "link_seconds": self.link_seconds,
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """Return the sums that `state` returned."""
+        traffic = cls()
+        traffic._bytes.update({(p, d, k): n for p, d, k, n in state["bytes"]})
+        traffic._dense.update({(p, d, k): n for p, d, k, n in state["dense"]})
+        traffic.link_seconds = state["link_seconds"]
+        return traffic
 
     def nested(self) -> dict[str, dict[str, dict[str, int]]]:
         """Return bytes as ``{phase: {direction: {kind: bytes}}}``, sorted."""

@@ -17,6 +17,7 @@ from masksl.compress import FrameError
 from masksl.ledger import Entry
 
 HELLO = "query.hello"
+SAVE = "query.save"
 FORWARD = "train.forward"
 BACKWARD = "train.backward"
 EVALUATE = "evaluate.forward"
@@ -25,6 +26,7 @@ ACTIVATION = "activation"
 LABEL = "label"
 GRADIENT = "gradient"
 MODEL = "model"
+MOMENTUM = "momentum"
 PLACE = "place"
 FIGURES = "figures"
 FAILURE = "failure"
@@ -162,7 +164,7 @@ def model_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 
 
 def model_of(
-    content: RecordDict, like: Mapping[str, torch.Tensor]
+    content: RecordDict, like: Mapping[str, torch.Tensor], kind: str = MODEL
 ) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a message, None if it has none.
 
@@ -173,17 +175,19 @@ def model_of(
     like : Mapping[str, torch.Tensor]
         Tensors by name, with the shapes, dtypes and device that those of the message
         must have and come out with.
+    kind : str
+        The record's name.
 
     Raises
     ------
     FrameError
         If names or shapes differ, or a frame is broken.
     """
-    record = content.array_records.get(MODEL)
+    record = content.array_records.get(kind)
     if record is None:
         return None
-    if list(record) != list(like):
-        raise FrameError(f"model of {len(record)} tensors, expected {len(like)}")
+    if set(record) != set(like):
+        raise FrameError(f"{kind} of {len(record)} tensors, expected {len(like)}")
     tensors = {}
     for name, expected in like.items():
         tensor = compress.decode(_frame_bytes(record[name]), device=expected.device)
@@ -194,6 +198,14 @@ def model_of(
             )
         tensors[name] = tensor.to(expected.dtype)
     return tensors
+
+
+def kept_of(content: RecordDict, kind: str) -> dict[str, torch.Tensor]:
+    """Return tensors that are kept for a client as they came, {} if there are none."""
+    record = content.array_records.get(kind)
+    if record is None:
+        return {}
+    return {name: compress.decode(_frame_bytes(a)) for name, a in record.items()}
 
 
 # --- state ----------------------------------------------------------------------------

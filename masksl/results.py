@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+EVENTS = "events.jsonl"
 CURVES = "curves.png"
 
 
@@ -26,6 +29,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         (path / METRICS).unlink(missing_ok=True)
         (path / SUMMARY).unlink(missing_ok=True)
+        (path / EVENTS).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML."""
@@ -33,8 +37,11 @@ class RunFolder:
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Append the metrics of a round."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        _append(self.path / METRICS, row)
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Append what disturbed the run without ending it."""
+        _append(self.path / EVENTS, event)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and the curves."""
@@ -42,6 +49,11 @@ class RunFolder:
         _write(
             self.path / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n"
         )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a run folder, flat."""
+    return yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -93,6 +105,11 @@ def _total(nested: Mapping[str, Any] | int) -> int:
     if isinstance(nested, Mapping):
         return sum(map(_total, nested.values()))
     return nested
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

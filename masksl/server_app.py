@@ -1,5 +1,6 @@
 """Flower ServerApp: builds the strategy, runs the rounds, writes the results."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from masksl import config, model, seeds
+from masksl import checkpoint, config, model, seeds
+from masksl.checkpoint import CheckpointError
 from masksl.compress import make
 from masksl.config import ConfigError
 from masksl.console import ProgressBar, print_summary
@@ -19,13 +21,16 @@ from masksl.dataset import DATASETS
 from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_device
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
-from masksl.results import RunFolder
-from masksl.settings import RunConfig, Settings, import_plugins, section
-from masksl.strategy import SharedHalf, SplitLearning
+from masksl.results import SUMMARY, RunFolder, read_config, read_summary
+from masksl.settings import RunConfig, Settings, import_plugins, parse, section
+from masksl.strategy import SharedHalf, SplitLearning, State
 
+AUTO = "auto"  # resume: go on with what is in the run's own folder
 PATIENCE = 60.0  # seconds that clients have to appear
 
 app = ServerApp()
+
+logger = logging.getLogger(__name__)
 
 
 @app.main()
@@ -36,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         settings = config.from_run_config(context.run_config)
         config.check(settings)
         run(grid, settings, Path("outputs") / stamp)
-    except (ConfigError, RunError) as error:
+    except (CheckpointError, ConfigError, RunError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -77,13 +82,17 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     ------
     RunError
         If clients are missing or fail; the text is one line.
+    ConfigError, CheckpointError
+        If the run to resume cannot be; see `saved_state`.
     """
     import_plugins(settings)
+    saved = saved_state(settings, folder)
     began = time.monotonic()
     run_config = RunConfig.of(settings)
     wait_for_clients(grid, run_config.clients, PATIENCE)
     results = RunFolder(folder)
     results.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
+    every = int(settings["checkpoint.every"])
     rows: list[Mapping[str, Any]] = []
     with ProgressBar(run_config.rounds) as progress:
 
@@ -91,20 +100,109 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
             """Shows and keeps what the strategy tells."""
 
             on_step = staticmethod(progress.on_step)
+            on_event = staticmethod(results.add_event)
 
             @staticmethod
             def on_round(row: Mapping[str, Any]) -> None:
-                """Keep a row."""
+                """Keep a row, and what the run needs to go on after it."""
                 rows.append(row)
+                done = row["round"]
+                if every and (done % every == 0 or done == run_config.rounds):
+                    keep()
                 results.add_row(row)
                 progress.on_round(row)
 
+        def keep() -> None:
+            assert strategy.snapshot is not None
+            tensors, facts = strategy.snapshot
+            more = {"settings": settings, "rows": rows}
+            checkpoint.write(folder, tensors, facts | more)
+
         strategy = make_strategy(settings, Recorder())
+        if saved is not None:
+            strategy.restore(saved)
+            for row in saved.facts["rows"]:
+                rows.append(row)
+                results.add_row(row)
+                progress.on_round(row)
+        else:
+            strategy.snapshot = strategy.state({})
+        if every:
+            keep()  # a run that is killed in its first round can be resumed too
         strategy.start(grid, num_rounds=run_config.rounds)
     seconds = time.monotonic() - began
     summary = summarize(settings, rows, strategy.ledger, seconds)
     results.finish(summary)
     print_summary(summary, str(folder.resolve()))
+
+
+def saved_state(settings: Settings, folder: Path) -> State | None:
+    """Return what the run that ``resume`` names left behind.
+
+    Parameters
+    ----------
+    settings : Settings
+        Checked configuration of this run.
+    folder : Path
+        Its run folder.
+
+    Returns
+    -------
+    State | None
+        None if there is nothing to go on from: the run begins at its beginning.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such run, or it had another configuration.
+    CheckpointError
+        If a file of its checkpoint is broken.
+    """
+    named = parse(settings["resume"])
+    if named is None:
+        return None
+    if named == AUTO:
+        return _own_state(settings, folder)
+    old = Path(named)
+    if old.resolve() == folder.resolve():
+        allowed = "a folder other than this run's own, which is written anew"
+        raise ConfigError.of("resume", named, allowed)
+    if not checkpoint.exists(old):
+        if (old / "metrics.jsonl").exists() or not _is_run_folder(old):
+            raise ConfigError.of("resume", named, "a run folder with a checkpoint")
+        logger.warning("%s: ended before its first checkpoint, so it begins anew", old)
+        return None
+    tensors, facts = checkpoint.read(old)
+    config.check_resume(settings, facts["settings"], facts["round"])
+    return State(tensors, facts)
+
+
+def _own_state(settings: Settings, folder: Path) -> State | None:
+    """Return what an earlier start of the same run left in its folder, if anything."""
+    if not checkpoint.exists(folder):
+        return None
+    tensors, facts = checkpoint.read(folder)
+    config.check_resume(settings, facts["settings"], facts["round"])
+    return State(tensors, facts)
+
+
+def is_finished(settings: Settings, folder: Path) -> bool:
+    """Tell whether an earlier start of the same run came to its end.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a run of another configuration.
+    """
+    if parse(settings["resume"]) != AUTO or not (folder / SUMMARY).exists():
+        return False
+    done = int(read_summary(folder)["rounds"])
+    config.check_resume(settings, read_config(folder), done)
+    return done >= int(settings["rounds"])
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or (folder / "hydra").is_dir()
 
 
 def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
@@ -194,4 +292,20 @@ def summarize(
         "relative_error": last["relative_error"],
         "link_seconds": traffic.link_seconds,
         "wall_seconds": seconds,
+    } | throughput(rows)
+
+
+def throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return training samples a second over rounds, and where their time went.
+
+    ``shares`` are those of the whole rounds, evaluation included.
+    """
+    trained = sum(row["train_seconds"] for row in rows)
+    whole = sum(row["wall_seconds"] for row in rows)
+    return {
+        "samples_per_second": sum(row["samples"] for row in rows) / trained,
+        "shares": {
+            part: sum(row["shares"][part] * row["wall_seconds"] for row in rows) / whole
+            for part in rows[0]["shares"]
+        },
     }

@@ -21,7 +21,7 @@ class RunConfig:
 
     Parameters
     ----------
-    rounds, clients, batch_size, eval_batch_size, seed : int
+    rounds, evaluations, clients, batch_size, eval_batch_size, seed : int
         See ``conf/base.yaml``; ``batch_size`` is that of one client.
     fraction : float
         Share of the clients that take part in a round.
@@ -36,6 +36,7 @@ class RunConfig:
     """
 
     rounds: int
+    evaluations: int
     clients: int
     fraction: float
     batch_size: int

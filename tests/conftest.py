@@ -1,6 +1,7 @@
 """What the tests share: composed settings, small runs, data made on the spot."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Training:
     strategy: SplitLearning
     losses: list[float] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def client(self, number: int) -> client_app.Client:
         return client_app.Client.of(self.grid.contexts[number + 1])
@@ -61,6 +63,9 @@ def prepare(settings: Settings) -> Training:
         def on_round(self, row: Any) -> None:
             training.rows.append(dict(row))
 
+        def on_event(self, event: Any) -> None:
+            training.events.append(dict(event))
+
     training = Training(grid, server_app.make_strategy(settings, Recorder()))
     training.strategy.greet(grid)
     return training
@@ -73,6 +78,26 @@ def train(*overrides: str) -> Training:
     for number in range(1, int(settings["rounds"]) + 1):
         training.strategy.run_round(training.grid, number, int(settings["rounds"]))
     return training
+
+
+TIMED = ("wall_seconds", "train_seconds", "samples_per_second", "shares")
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of metrics without what is timed."""
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def processes(*words: str) -> list[str]:
+    """Return the command lines that hold one of these words, zombies left out."""
+    listed = subprocess.run(
+        ["ps", "-eww", "-o", "stat,pid,args"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
+    return [line for line in lines if any(word in line for word in words)]
 
 
 @pytest.fixture(scope="session", autouse=True)

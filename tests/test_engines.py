@@ -4,35 +4,31 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
-from masksl import client_app, compress, engine, messages, results, server_app
-from masksl.main import CLIENT_APP
+from masksl import client_app, compress, engine, main, messages, results, server_app
 from masksl.messages import RunError
-from masksl.settings import Settings, section
-from tests.conftest import ROOT, settings_of
+from masksl.settings import Settings
+from tests.conftest import ROOT, processes, settings_of, untimed
 
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 
 
 def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """Run on the engine of the settings; return the rows without what is timed."""
-    engine.run(
-        str(settings["engine.name"]),
-        partial(server_app.build, settings, folder),
-        CLIENT_APP,
-        clients=int(settings["clients"]),
-        options=section(settings, "engine"),
-    )
-    rows = results.read_rows(folder)
-    for row in rows:
-        del row["wall_seconds"]
-    return rows
+    main.run(settings, folder)
+    return untimed(results.read_rows(folder))
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """End the Ray of this process, so that what is left can be seen."""
+    ray.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -176,25 +172,38 @@ def test_divergence_is_never_hidden(
     assert str(caught.value).startswith(message)
 
 
-def test_a_client_that_raises_ends_a_run_with_its_reason(
+def test_clients_that_all_raise_end_a_run_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(client: client_app.Client, content: Any) -> Any:
         raise KeyError("no such thing")
 
     monkeypatch.setattr(client_app, "backward", fail)
-    with pytest.raises(RunError, match="client 0, .* failed: KeyError: 'no such thing"):
+    with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL), tmp_path)
+    assert str(caught.value) == (
+        "round 1, training, step 1: 0 of 3 clients are left, min_clients=1; "
+        "clients [0, 1, 2] failed, the last one: client 2: KeyError: 'no such thing'"
+    )
 
 
-def test_nothing_of_a_simulation_stays_behind(tmp_path: Path) -> None:
+def test_nothing_of_a_simulation_stays_behind(no_ray: None, tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
     assert simulation_processes() == []
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "masksl.main", "rounds=500"]
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *((name, signal.SIGINT) for name in engine.ENGINES),
+        ("local", signal.SIGTERM),
+        ("flower", signal.SIGTERM),
+    ],
+)
+def test_an_ended_run_leaves_no_process(
+    name: str, end: signal.Signals, no_ray: None, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "masksl.main", "rounds=500", f"engine={name}"]
     output = tmp_path / "output"
     with open(output, "w", encoding="utf-8") as file:
         folder = f"hydra.run.dir={tmp_path}/run"
@@ -223,11 +232,7 @@ def test_an_ended_run_leaves_no_process(end: signal.Signals, tmp_path: Path) -> 
 
 def simulation_processes() -> list[str]:
     """Return the command lines of Ray's daemons and actors that run."""
-    listed = subprocess.run(
-        ["ps", "-eww", "-o", "stat,args"], capture_output=True, text=True, check=True
-    )
-    lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
-    return [ln for ln in lines if "raylet" in ln or "ray::" in ln or "gcs_server" in ln]
+    return processes("raylet", "ray::", "gcs_server")
 
 
 def test_unknown_engines_are_refused() -> None:

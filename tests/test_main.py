@@ -29,6 +29,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert f"run folder: {folder}" in done.stdout
     assert "compression factor of activations" in done.stdout
     assert "training, up, activation" in done.stdout
+    assert "samples/s" in done.stdout
     settings = yaml.safe_load((folder / results.CONFIG).read_text())
     expected = settings_of(*QUICK)
     expected["dataset.root"] = str(ROOT / "data")
@@ -52,6 +53,8 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert summary["link_seconds"] == pytest.approx(
         sum(row["link_seconds"] for row in rows)
     )
+    assert summary["samples_per_second"] > 0
+    assert sum(summary["shares"].values()) == pytest.approx(1)
     png = (folder / results.CURVES).read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000

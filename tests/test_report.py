@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from masksl.bench import activations
 from masksl.report.__main__ import main
 from masksl.report.figure2 import _series, figure2
 from masksl.report.runs import runs
+from masksl.report.table1 import ACCOUNTS, progress, table1
 from tests.test_main import QUICK, masksl
 
 
@@ -85,11 +87,11 @@ def test_comparison_is_at_one_error() -> None:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a sweep over two compressors and two seeds."""
+    """Return the folder of a sweep over three compressors and two seeds."""
     folder = tmp_path_factory.mktemp("sweep")
     done = masksl(
         "--multirun",
-        *(*QUICK, "rounds=1", "compressor=ms,qu", "seed=1,2"),
+        *(*QUICK, "evaluations=2", "target=0.2", "compressor=ms,none,qu", "seed=1,2"),
         f"hydra.sweep.dir={folder}",
     )
     assert done.returncode == 0, done.stderr
@@ -99,9 +101,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_are_put_together_by_setting(sweep: Path) -> None:
     texts = runs(sweep)
     rows = list(csv.DictReader(texts["runs.csv"].splitlines()))
-    assert [row["seeds"] for row in rows] == ["2", "2"]
+    assert [row["seeds"] for row in rows] == ["2", "2", "2"]
     assert "compressor=ms" in rows[0]["setting"]
-    assert "compressor=qu" in rows[1]["setting"]
+    assert "compressor=qu" in rows[2]["setting"]
     for row in rows:
         folder = sweep / row["setting"]
         found = [results.read_summary(folder / f"seed={seed}") for seed in (1, 2)]
@@ -111,6 +113,55 @@ def test_runs_are_put_together_by_setting(sweep: Path) -> None:
     assert texts["runs.md"].splitlines()[0].startswith("| setting | seeds | top-1, % |")
 
 
+def first_at(rows: list[dict[str, Any]], target: float) -> float | None:
+    """Return after how many rounds a target is reached, looked for by hand."""
+    for row in rows:
+        for check in row["checks"]:
+            if check["top1"] >= target:
+                return row["round"] - 1 + check["step"] / row["steps"]
+        if row["top1"] >= target:
+            return row["round"]
+    return None
+
+
+def test_table1_counts_what_was_sent_until_the_target(sweep: Path) -> None:
+    texts = table1(sweep)
+    lines = [line.split(" | ") for line in texts["table1.md"].splitlines()[2:]]
+    assert [line[0].strip("| ") for line in lines] == [
+        f"{account}, digits, shallow" for account in ACCOUNTS
+    ]
+    for method, column in (("qu", 1), ("ms", 2)):
+        saved = []
+        for seed in (1, 2):
+            folders = {name: find(sweep, name, seed) for name in (method, "none")}
+            rounds = [first_at(results.read_rows(f), 0.2) for f in folders.values()]
+            ours, plain = map(results.read_summary, folders.values())
+            if None in rounds:
+                continue
+            activations = plain["paper_bytes"] * plain["compression_factor"]
+            saved.append(activations / ours["paper_bytes"] * rounds[1] / rounds[0])
+        expected = f"{fmean(saved):.2f} ±" if saved else "INF"
+        assert lines[0][column].startswith(expected)
+    assert texts["accuracy.md"].count("\n") == 3
+    rows = list(csv.DictReader(texts["table1.csv"].splitlines()))
+    assert [row["method"] for row in rows] == ["none"] * 2 + ["ms"] * 2 + ["qu"] * 2
+
+
+def find(sweep: Path, compressor: str, seed: int) -> Path:
+    """Return a run folder of the sweep."""
+    (found,) = sweep.glob(f"*compressor={compressor}*/seed={seed}")
+    return found
+
+
+def test_progress_is_that_of_the_first_evaluation_at_the_target() -> None:
+    rows = [
+        {"round": 1, "steps": 8, "top1": 0.4, "checks": [{"step": 2, "top1": 0.5}]},
+        {"round": 2, "steps": 8, "top1": 0.7, "checks": [{"step": 6, "top1": 0.6}]},
+    ]
+    targets = (0.3, 0.5, 0.55, 0.7, 0.8)
+    assert [progress(rows, t) for t in targets] == [0.25, 0.25, 1.75, 2, None]
+
+
 def test_reports_say_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +169,7 @@ def test_reports_say_what_is_missing(
         ("runs", tmp_path, f"no summary.json below {tmp_path}"),
         ("figure2", tmp_path, "no measurements of python -m masksl.bench in"),
         ("runs", tmp_path / "none", "none': not a folder"),
+        ("table1", tmp_path, f"no summary.json below {tmp_path}"),
     ):
         monkeypatch.setattr("sys.argv", ["report", name, str(folder)])
         with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ from masksl import client_app, compress, config, dataset, halves, model, seeds
 from masksl.client_app import _Place
 from masksl.compress import decode
 from masksl.halves import OptimizerConfig, ScheduleConfig
-from tests.conftest import Training, prepare, settings_of, train
+from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
 
 UNSPLIT = (
     "dataset=digits",
@@ -208,10 +208,10 @@ def test_lost_graphs_are_rebuilt_without_a_trace(
     monkeypatch.setattr(client_app.Client, "take_graph", lose)
     disturbed = train(*overrides)
     assert disturbed.losses == undisturbed.losses
-    assert [row.pop("rebuilt_graphs") for row in disturbed.rows] != [0, 0]
-    for row, other in zip(undisturbed.rows, disturbed.rows, strict=True):
-        del row["wall_seconds"], row["rebuilt_graphs"], other["wall_seconds"]
-        assert row == other
+    rows, others = untimed(disturbed.rows), untimed(undisturbed.rows)
+    assert [row.pop("rebuilt_graphs") for row in rows] != [0, 0]
+    assert [row.pop("rebuilt_graphs") for row in others] == [0, 0]
+    assert rows == others
 
 
 def test_clients_stay_apart_under_never() -> None:
@@ -268,7 +268,7 @@ def test_gradients_at_all_positions_are_whole_gradients(name: str, sync: str) ->
     )
     assert kept.losses == whole.losses
     for row, other in zip(kept.rows, whole.rows, strict=True):
-        for changed in ("bytes", "link_seconds", "wall_seconds"):
+        for changed in ("bytes", "link_seconds", *TIMED):
             del row[changed], other[changed]
         assert row == other
     for number in range(3):
@@ -309,7 +309,7 @@ def test_gradients_at_kept_positions_are_masked_gradients(
         frame = frames["last"]
         mask = torch.zeros(decode(frame).shape)
         mask.view(-1)[compress.kept_positions(frame)] = 1
-        half = client_app._graphs[client.context.run_id, client.number][1]
+        half = client_app._graphs.halves[client.number]
         masks[id(half)] = mask
         return reply
 
@@ -366,6 +366,7 @@ def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
         expected.append(own.grad)
     server = halves.ServerHalf(module, OptimizerConfig(), threads=1)
     step = server.step(activations, labels, lr=0.1, seed=0)
+    assert not activations, "their memory is free during the step"
     for ours, own in zip(step.gradients, expected, strict=True):
         torch.testing.assert_close(ours, own)
 
@@ -417,3 +418,19 @@ def test_threads_are_given_back() -> None:
 def test_toy_data_needs_no_partition_of_its_own() -> None:
     parts = dataset.partition(dataset.DatasetConfig("toy"), 4, 1)
     assert sum(map(len, parts)) == 1000
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_evaluating_more_often_changes_no_training(sync: str) -> None:
+    """A round here has three steps, so that two of four checks fall together."""
+    quick = ("dataset.limit=160", "clients=3", "rounds=2", f"client_sync={sync}")
+    once, often = train(*quick), train(*quick, "evaluations=4")
+    assert once.losses == often.losses
+    for row, more in zip(once.rows, often.rows, strict=True):
+        assert row["checks"] == []
+        assert [check["step"] for check in more["checks"]] == [1, 2]
+        assert {key: row[key] for key in ("top1", "test_loss")} == {
+            key: more[key] for key in ("top1", "test_loss")
+        }
+        sent, more_sent = (r["bytes"]["evaluation"]["up"] for r in (row, more))
+        assert more_sent["label"] == 3 * sent["label"]

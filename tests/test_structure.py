@@ -18,25 +18,37 @@ IMPORTS = {
     "seeds": set(),
     "settings": set(),
     "dataset": {"seeds"},
-    "halves": set(),
+    "heap": set(),
+    "halves": {"heap"},
     "config": {"compress", "dataset", "model", "settings"},
     "ledger": set(),
     "results": set(),
     "console": set(),
+    "checkpoint": set(),
+    "timing": set(),
     "messages": {"compress", "ledger", "wire"},
     "client_app": {
         *("compress", "dataset", "halves", "messages", "model", "seeds", "settings"),
+        "timing",
     },
-    "strategy": {"compress", "halves", "ledger", "messages", "seeds", "settings"},
+    "strategy": {
+        *("compress", "halves", "ledger", "messages", "seeds", "settings", "timing"),
+    },
     "server_app": {
-        *("compress", "config", "console", "dataset", "halves", "ledger"),
+        *("checkpoint", "compress", "config", "console", "dataset", "halves", "ledger"),
         *("messages", "model", "results", "seeds", "settings", "strategy"),
     },
     "modules": {"compress"},
-    "bench": {"bench", "compress", "dataset", "model", "seeds"},
+    "bench": {
+        *("bench", "compress", "dataset", "engine", "halves", "main", "messages"),
+        *("model", "modules", "results", "seeds", "server_app", "settings"),
+    },
     "report": {"report", "results"},
-    "main": {"config", "dataset", "engine", "messages", "server_app", "settings"},
-    "engine": {"engine"},
+    "main": {
+        *("checkpoint", "config", "dataset", "engine", "messages", "server_app"),
+        "settings",
+    },
+    "engine": {"engine", "heap"},
 }
 FRAMEWORKS = {"flwr", "ray", "hydra"}
 ALLOWED = {
@@ -44,8 +56,9 @@ ALLOWED = {
     "client_app": {"flwr"},
     "strategy": {"flwr"},
     "server_app": {"flwr"},
-    "engine": {"flwr"},
+    "engine": {"flwr", "ray"},
     "main": {"hydra"},
+    "bench": {"flwr", "hydra"},
 }
 
 

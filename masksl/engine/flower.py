@@ -13,13 +13,13 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 from flwr.serverapp import ServerApp
 
-from masksl.engine import EngineError
+from masksl.engine import EngineError, Shared
+from masksl.engine.nodes import named
 
 GRACE = 10.0  # seconds that the child has to end once it has reported
 SHOW_CURSOR = "\x1b[?25h"
@@ -31,6 +31,7 @@ def run(
     *,
     clients: int,
     options: Mapping[str, Any],
+    shared: Shared | None,
 ) -> None:
     """Run a ServerApp with so many clients; see `masksl.engine.run`.
 
@@ -39,7 +40,10 @@ def run(
     options : Mapping[str, Any]
         ``cpus_per_client`` and ``gpus_per_client``: what Ray reserves for each client
         at work, so how many work at once.
+    shared : Shared | None
+        Flower's processes have no place for it.
     """
+    del shared
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     watched, alive = spawn.Pipe(duplex=False)  # closes when this process ends
@@ -96,10 +100,9 @@ def _simulate(
             "num_cpus": options["cpus_per_client"],
             "num_gpus": options["gpus_per_client"],
         }
-        module, _, attribute = client_app.partition(":")
         run_simulation(
             server_app=build(),
-            client_app=getattr(import_module(module), attribute),
+            client_app=named(client_app),
             num_supernodes=clients,
             backend_config={
                 "client_resources": resources,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from masksl.report.figure2 import figure2
 from masksl.report.runs import runs
+from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
 
-REPORTS = {"runs": runs, "figure2": figure2}
+REPORTS = {"runs": runs, "figure2": figure2, "table1": table1}
 
 
 def main() -> None:

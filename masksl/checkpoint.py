@@ -1,0 +1,122 @@
+"""What a run needs to go on, in two files that are written whole or not at all.
+
+``state.json`` holds the facts and names the file of the tensors, safetensors, with its
+SHA-256. It is replaced last, so that at any moment it names a file that is complete.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+FOLDER = "checkpoint"
+STATE = "state.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; one line says why."""
+
+
+def write(
+    folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint in place of the one before.
+
+    Parameters
+    ----------
+    folder : Path
+        Run folder.
+    tensors : Mapping[str, torch.Tensor]
+        Tensors by name.
+    facts : Mapping[str, Any]
+        What JSON can hold; ``round``, the rounds completed, must be there.
+    """
+    inside = folder / FOLDER
+    inside.mkdir(parents=True, exist_ok=True)
+    name = f"round-{facts['round']:04d}.safetensors"
+    part = inside / f"{name}.part"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+    digest = _digest(part)
+    _settle(part, inside / name)
+    body = {"format": FORMAT, "file": name, "sha256": digest, "facts": facts}
+    part = inside / f"{STATE}.part"
+    text = json.dumps(body | {"check": _check(body)}, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
+    _settle(part, inside / STATE)
+    for path in inside.glob("*.safetensors*"):
+        if path.name != name:
+            path.unlink()
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether a run folder holds a checkpoint."""
+    return (folder / FOLDER / STATE).exists()
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors, on the CPU, and the facts of a checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        Run folder.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, cut short, altered or of another format.
+    """
+    body = _read_state(folder / FOLDER / STATE)
+    path = folder / FOLDER / str(body["file"])
+    try:
+        found = _digest(path)
+        if found != body["sha256"]:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes with SHA-256 {found[:12]}..., "
+                f"expected {body['sha256'][:12]}...: cut short or altered"
+            )
+        return load_file(path), body["facts"]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        check = body.pop("check")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cut short or altered ({reason})") from error
+    if check != _check(body):
+        raise CheckpointError(f"{path}: altered, its checksum does not match")
+    if body["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: of format {body['format']}, this version reads {FORMAT}"
+        )
+    return body
+
+
+def _check(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _settle(part: Path, path: Path) -> None:
+    """Give a file that lies whole on the disk its name."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

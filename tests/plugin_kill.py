@@ -1,0 +1,1 @@
+"""Named beside `plugin_faults`, has it kill instead of raise."""

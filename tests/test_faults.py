@@ -1,0 +1,169 @@
+"""Clients that fail are left out, hosts that die are replaced, nothing is lost."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from masksl import client_app, main, results
+from masksl.engine import ray as engine
+from masksl.messages import RunError
+from tests.conftest import prepare, settings_of, train, untimed
+
+SMALL = ("rounds=3", "clients=4", "dataset.limit=184", "dataset.test_limit=40")
+FAULTY = (*SMALL, "plugins=[tests.plugin_faults]")
+KILLED = (*SMALL, "plugins=[tests.plugin_faults,tests.plugin_kill]")
+
+
+def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    main.run(settings_of(*overrides), folder)
+    return untimed(results.read_rows(folder))
+
+
+# --- clients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_a_client_that_fails_is_left_out(sync: str) -> None:
+    training = train(*FAULTY, f"client_sync={sync}")
+    first, second, third = training.rows
+    # 46 samples a client make a step of 26 and one of 20.
+    assert first["left_out"] == [{"client": 1, "phase": "training", "step": 1}]
+    assert first["samples"] == 184 - 20
+    assert second["left_out"] == [
+        {"client": 2, "phase": "training", "step": 0},
+        {"client": 0, "phase": "evaluation", "step": 0},
+    ]
+    assert second["samples"] == 184 - 20
+    assert third["left_out"] == []
+    assert third["samples"] == 184
+
+
+def test_weights_adapt_to_those_who_are_left() -> None:
+    """Of two clients one fails at once: the round is that of the other alone."""
+    overrides = ("rounds=1", "clients=2", "dataset.limit=52", "client_sync=round")
+    training = prepare(settings_of(*overrides))
+    forward = client_app.forward
+
+    def fail(client: client_app.Client, content: Any) -> Any:
+        if client.number == 0:
+            raise ValueError("out of paper")
+        return forward(client, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_app, "forward", fail)
+        row = training.strategy.run_round(training.grid, 1, 1)
+    assert row["left_out"] == [{"client": 0, "phase": "training", "step": 0}]
+    assert row["samples"] == 26
+    assert training.strategy.shared is not None
+    for number in (0, 1):  # the average is the half of the one that is left
+        tensors = training.client_tensors(number)
+        for name, tensor in training.strategy.shared.tensors.items():
+            assert tensor.equal(tensors[name])
+    up = row["bytes"]["training"]["up"]
+    assert up["label"] == 26
+
+
+def test_too_few_clients_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RunError) as caught:
+        train(*FAULTY, "min_clients=4")
+    assert str(caught.value) == (
+        "round 1, training, step 2: 3 of 4 clients are left, min_clients=4; clients [1]"
+        " failed, the last one: client 1: KeyError: 'no luck in forward'"
+    )
+    assert "round 1, training, step 1: client 1 failed and is left out" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ray", "flower"])
+def test_engines_agree_on_who_is_left_out(name: str, tmp_path: Path) -> None:
+    rows = run(tmp_path, *FAULTY, f"engine={name}")
+    local = untimed(train(*FAULTY).rows)
+    for row in (*rows, *local):
+        del row["rebuilt_graphs"]
+    assert rows == local
+
+
+# --- hosts ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the file that says where a host is to be killed."""
+    path = tmp_path_factory.mktemp("kill") / "order"
+    ray.shutdown()  # its processes have the environment of its start
+    os.environ["MASKSL_TEST_KILL"] = str(path)
+    yield path
+    del os.environ["MASKSL_TEST_KILL"]
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("sync", "where"),
+    [
+        ("round", "forward 2 1 3"),
+        ("step", "backward 2 0 1"),
+        ("never", "backward 3 1 0"),
+        ("round", "evaluate 1 0 2"),
+        ("never", "save 0 0 2"),
+    ],
+)
+def test_a_killed_host_changes_nothing(
+    sync: str, where: str, order: Path, tmp_path: Path
+) -> None:
+    overrides = (*KILLED, f"client_sync={sync}")
+    undisturbed = untimed(train(*overrides).rows)
+    order.write_text(where)
+    rows = run(tmp_path, *overrides, "engine=ray")
+    assert not order.exists(), "nobody was killed"
+    assert rows == undisturbed
+    (event,) = map(json.loads, (tmp_path / results.EVENTS).read_text().splitlines())
+    assert event["event"] == "round repeated"
+    round_ = int(where.split()[1]) or 1
+    assert event["round"] == round_
+    assert event["reasons"] == [f"host {int(int(where.split()[-1]) > 1)} died"]
+    assert event["wasted_bytes"] > 0
+    summary = results.read_summary(tmp_path)
+    assert summary["bytes_total"] == sum(map(_bytes, rows))
+
+
+def _bytes(row: Any) -> int:
+    if isinstance(row, dict):
+        nested = row["bytes"] if "bytes" in row else row
+        return sum(map(_bytes, nested.values()))
+    return row
+
+
+def test_a_host_killed_between_rounds_changes_nothing(
+    order: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[engine.RayGrid] = []
+    start = engine.RayGrid.__init__
+
+    def remember(grid: engine.RayGrid, *arguments: Any) -> None:
+        start(grid, *arguments)
+        grids.append(grid)
+
+    def kill(_: Any, row: Any) -> None:
+        if row["round"] in (1, 2):
+            os.kill(grids[0].pids()[row["round"] - 1], signal.SIGKILL)
+
+    monkeypatch.setattr(engine.RayGrid, "__init__", remember)
+    monkeypatch.setattr("masksl.console.ProgressBar.on_round", kill)
+    rows = run(tmp_path, *SMALL, "engine=ray")
+    assert rows == untimed(train(*SMALL).rows)
+    events = (tmp_path / results.EVENTS).read_text().splitlines()
+    assert [json.loads(line)["round"] for line in events] == [2, 3]
+
+
+def test_hosts_are_not_replaced_for_ever(order: Path, tmp_path: Path) -> None:
+    order.write_text("forward 1 1 3")
+    with pytest.raises(RunError) as caught:
+        run(tmp_path, *KILLED, "engine=ray", "engine.max_restarts=0")
+    assert str(caught.value) == (
+        "round 1: host 1 died; 1 were lost in this run, engine.max_restarts=0"
+    )
