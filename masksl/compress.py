@@ -396,11 +396,13 @@ class UniformQuantization(Compressor):
         most = torch.finfo(header.dtype).max
         if not (1 <= bits <= 16 and -most <= lo <= hi <= most):
             raise FrameError(f"qu frame declares {bits} bits from {lo} to {hi}")
-        symbols = planes.read_plane(header, payload, bits, form, device)
-        share = np.arange(2**bits) / (2**bits - 1)
-        levels = torch.from_numpy(lo * (1 - share) + hi * share)
-        levels = levels.to(device, planes.working_dtype(header.dtype))
-        return levels.index_select(0, symbols.to(torch.int32))
+
+        def levels() -> Tensor:
+            share = np.arange(2**bits) / (2**bits - 1)
+            every = torch.from_numpy(lo * (1 - share) + hi * share)
+            return every.to(device, planes.working_dtype(header.dtype))
+
+        return planes.read_plane(header, payload, bits, form, levels)
 
 
 @register
@@ -462,11 +464,9 @@ class QuantileQuantization(Compressor):
         most = torch.finfo(header.dtype).max
         if not (2 <= bits <= 8 and 0.5 < offset < 1 and 0 <= scale <= most):
             raise FrameError(f"qq frame declares {bits} bits, {offset}, scale {scale}")
-        symbols = planes.read_plane(header, payload, bits, form, device)
-        levels = cls.levels(bits, offset, scale).to(
-            device, planes.working_dtype(header.dtype)
-        )
-        return levels.index_select(0, symbols.to(torch.int32))
+        dtype = planes.working_dtype(header.dtype)
+        levels = cls.levels(bits, offset, scale).to(device, dtype)
+        return planes.read_plane(header, payload, bits, form, lambda: levels)
 
 
 @register
@@ -544,9 +544,9 @@ class FloatQuantization(Compressor):
             raise FrameError(f"fp frame declares the scale {factor}")
         levels = (levels * factor).clamp_(max=most)
         signs, plane = planes.split(header, payload, planes.sign_bytes(header, signed))
-        symbols = planes.read_plane(header, plane, exponent + mantissa, form, device)
         levels = levels.to(device, planes.working_dtype(header.dtype))
-        flat = levels.index_select(0, symbols.to(torch.int32))
+        bits = exponent + mantissa
+        flat = planes.read_plane(header, plane, bits, form, lambda: levels)
         return planes.apply_signs(flat, signs) if signed else flat
 
 
@@ -777,15 +777,18 @@ class MaskSparsification(Compressor):
         sent, signs, plane = planes.split(
             header, payload, size, planes.sign_bytes(header, signed)
         )
-        marked = top, rows * kept
-        symbols = planes.read_plane(header, plane, bits, form, device, marked=marked)
-        chosen = topk.positions(symbols == top)
+        # Levels in units of t/L; what is kept is marked by -1 until it is put in.
+        units = torch.arange(2**bits, dtype=planes.working_dtype(header.dtype))
+        units[top] = -1
+        units, marked = units.to(device), (top, rows * kept)
+        flat = planes.read_plane(header, plane, bits, form, lambda: units, marked)
+        chosen = topk.below_zero(flat)
         if rows > 1:
             cls._check_rows(header, chosen, rows, kept)
         values = planes.read_values(header, sent, dtype, device).to(header.dtype)
         work = planes.working(values)
         level = work.view(rows, kept).abs().amin(1, keepdim=True) / top
-        flat = symbols.to(work.dtype).view(rows, -1).mul_(level).view(-1)
+        flat = flat.view(rows, -1).mul_(level).view(-1)
         if signed:
             flat = planes.apply_signs(flat, signs)
         return flat.to(header.dtype).index_copy_(0, chosen, values)

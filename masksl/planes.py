@@ -6,6 +6,7 @@ plane of one bit, as indices or as gaps.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -137,10 +138,10 @@ def read_plane(
     payload: memoryview,
     bits: int,
     form: int,
-    device: torch.device | str,
+    levels: Callable[[], torch.Tensor],
     marked: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Undo `write_plane`.
+    """Return what the symbols that `write_plane` wrote stand for.
 
     Parameters
     ----------
@@ -150,10 +151,16 @@ def read_plane(
         The plane alone.
     bits, form : int
         Bits of a symbol, and how the plane travels.
-    device : torch.device | str
-        Where the symbols go.
+    levels : Callable[[], torch.Tensor]
+        Makes, once everything has been checked, what each symbol stands for: shape
+        (2**bits,), of any type, on the device where the elements go.
     marked : tuple[int, int] | None
         A symbol, and how often it must occur.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (d,), of the type and on the device of the levels.
     """
     count = header.elements
     size = wire.packed_size(count, bits)
@@ -161,7 +168,8 @@ def read_plane(
         plane = entropy.decode_plane(payload, 2**bits, header.shape)
         if marked is not None:
             check_marked(header, int((plane == marked[0]).sum()), marked[1])
-        return torch.from_numpy(plane).to(device)
+        each = levels()
+        return each.index_select(0, torch.from_numpy(plane).to(each.device).int())
     if form == _FAST:
         payload = memoryview(entropy.inflate(payload, size))
     elif form != _RAW:
@@ -170,8 +178,9 @@ def read_plane(
     if marked is not None:
         found = wire.count_symbols(payload, count, bits, marked[0])
         check_marked(header, found, marked[1])
-    packed = wire.to_tensor(payload, torch.uint8, device)
-    return wire.unpack_bits(packed, count, bits)
+    each = levels()
+    packed = wire.to_tensor(payload, torch.uint8, each.device)
+    return wire.look_up(packed, each, count, bits)
 
 
 def write_positions(
@@ -217,8 +226,9 @@ def read_positions(
         gaps = entropy.decode_gaps(payload, kept, header.elements)
         return torch.from_numpy(gaps).to(device)
     if form != _INDICES:
-        mask = read_plane(header, payload, 1, form, device, marked=(1, kept))
-        return topk.positions(mask.view(torch.bool))
+        levels = torch.tensor([False, True], device=device)
+        mask = read_plane(header, payload, 1, form, lambda: levels, marked=(1, kept))
+        return topk.positions(mask)
     wire.check_payload(header, payload, 4 * kept)
     for part in wire.chunks(payload, "<u4"):
         if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):

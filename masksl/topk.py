@@ -89,6 +89,13 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return mask.nonzero().view(-1)
 
 
+def below_zero(values: torch.Tensor) -> torch.Tensor:
+    """Return where flat values are negative, int64, ascending."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
+    return positions(values < 0)
+
+
 def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the elements of a flat tensor where a bool one is true."""
     if mask.device.type == "cpu":  # NumPy needs no positions for it

@@ -333,6 +333,39 @@ def unpack_bits(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     return words.view(torch.uint8)[:count]
 
 
+def look_up(
+    packed: torch.Tensor, levels: torch.Tensor, count: int, bits: int
+) -> torch.Tensor:
+    """Return the level of every packed symbol.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        uint8, shape (packed_size(count, bits),).
+    levels : torch.Tensor
+        Shape (2**bits,), of any type, on the device of ``packed``.
+    count : int
+        Number of symbols.
+    bits : int
+        1 to 16.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (count,), of the type of ``levels``.
+    """
+    if bits in _WHOLE and packed.device.type == "cpu":
+        # All levels of a byte at once: a table of 256 entries, copied from whole.
+        each = _spread_table(bits).view(np.uint8).reshape(256, 8 // bits)
+        entries = levels.numpy()[each]
+        whole = np.dtype((np.void, entries.strides[0]))
+        table = entries.view(whole).ravel()
+        found = np.take(table, packed.numpy()).view(entries.dtype)
+        return torch.from_numpy(found)[:count]
+    symbols = unpack_bits(packed, count, bits)
+    return levels.index_select(0, symbols.to(torch.int32))
+
+
 def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> int:
     """Count a symbol among packed ones, a little at a time.
 
