@@ -66,7 +66,7 @@ def on_echo(message: Message, context: Context) -> Message:
 
 def settings_of(*overrides: str) -> Settings:
     """Return the settings of a command line."""
-    conf = Path(__file__).resolve().parents[1] / "conf"
+    conf = Path(__file__).resolve().parents[2] / "conf"
     with initialize_config_dir(str(conf), version_base=None):
         composed = compose("base", overrides=list(overrides))
     return main.settings_of(OmegaConf.create(composed))
