@@ -5,7 +5,9 @@ python -m masksl.main [key=value ...] [--multirun]
 
 import logging
 import os
+import signal
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ from masksl.engine import EngineError, Shared
 from masksl.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, parse, section
 
+GRACE = 2.0  # seconds that an interrupt has to end the run by itself
 CLIENT_APP = "masksl.client_app:app"
 ERRORS = (CheckpointError, ConfigError, DatasetError, EngineError, RunError)
 
@@ -96,6 +99,8 @@ def _is_pinned(settings: Settings) -> bool:
 @hydra.main(version_base=None, config_path="../conf", config_name="base")
 def main(composed: DictConfig) -> None:
     """Train as configured; on bad input one line and exit status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         settings = settings_of(composed)
         for line in config.warnings(settings):
@@ -105,9 +110,21 @@ def main(composed: DictConfig) -> None:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("masksl: interrupted", file=sys.stderr)
-        engine.stop()
-        _leave(130)
+        _end()
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Raise KeyboardInterrupt; end soon all the same where something swallows it."""
+    guard = threading.Timer(GRACE, _end)
+    guard.daemon = True
+    guard.start()
+    raise KeyboardInterrupt
+
+
+def _end() -> NoReturn:
+    print("masksl: interrupted", file=sys.stderr)
+    engine.stop()
+    _leave(130)
 
 
 def _leave(status: int) -> NoReturn:
