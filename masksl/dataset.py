@@ -250,13 +250,17 @@ class Dataset:
 
     def train_images(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return training images as they are, likewise, and their labels."""
-        images = self.train.pixels(indices, None).to(self.device)
-        return self._normalise(images), self.train.labels[indices].to(self.device)
+        return self._whole(self.train, indices)
 
     def test_batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return test images as they are, likewise, and their labels."""
-        images = self.test.pixels(indices, None).to(self.device)
-        return self._normalise(images), self.test.labels[indices].to(self.device)
+        return self._whole(self.test, indices)
+
+    def _whole(
+        self, split: Images, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        images = split.pixels(indices, None).to(self.device)
+        return self._normalise(images), split.labels[indices].to(self.device)
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mul_(self._scale).add_(self._shift)

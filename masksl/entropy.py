@@ -124,6 +124,8 @@ class Plane:
         self.symbols = symbols
         self.alphabet = alphabet
         self.maps = _Maps.of(shape)
+        self._bounds: tuple[int, ...] = ()
+        self._contexts = np.empty(0, np.uint8)  # by these bounds
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -144,9 +146,6 @@ class Plane:
             self._contexts = _contexts(self.rows, self.maps, bounds)
             self._bounds = bounds
         return self._contexts
-
-    _bounds: tuple[int, ...] = ()
-    _contexts: np.ndarray
 
 
 def encode_plane(plane: Plane, plan: Plan | None = None) -> bytes:

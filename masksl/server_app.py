@@ -22,7 +22,14 @@ from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_d
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
 from masksl.results import SUMMARY, RunFolder, read_config, read_summary
-from masksl.settings import RunConfig, Settings, import_plugins, parse, section
+from masksl.settings import (
+    RunConfig,
+    Settings,
+    checkpoint_due,
+    import_plugins,
+    parse,
+    section,
+)
 from masksl.strategy import SharedHalf, SplitLearning, State
 
 AUTO = "auto"  # resume: go on with what is in the run's own folder
@@ -92,7 +99,6 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     wait_for_clients(grid, run_config.clients, PATIENCE)
     results = RunFolder(folder)
     results.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
-    every = int(settings["checkpoint.every"])
     rows: list[Mapping[str, Any]] = []
     with ProgressBar(run_config.rounds) as progress:
 
@@ -106,8 +112,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
             def on_round(row: Mapping[str, Any]) -> None:
                 """Keep a row, and what the run needs to go on after it."""
                 rows.append(row)
-                done = row["round"]
-                if every and (done % every == 0 or done == run_config.rounds):
+                if checkpoint_due(settings, row["round"]):
                     keep()
                 results.add_row(row)
                 progress.on_round(row)
@@ -127,7 +132,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
                 progress.on_round(row)
         else:
             strategy.snapshot = strategy.state({})
-        if every:
+        if int(settings["checkpoint.every"]):
             keep()  # a run that is killed in its first round can be resumed too
         strategy.start(grid, num_rounds=run_config.rounds)
     seconds = time.monotonic() - began
@@ -161,27 +166,19 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
     named = parse(settings["resume"])
     if named is None:
         return None
-    if named == AUTO:
-        return _own_state(settings, folder)
-    old = Path(named)
-    if old.resolve() == folder.resolve():
+    own = named == AUTO
+    old = folder if own else Path(named)
+    if not own and old.resolve() == folder.resolve():
         allowed = "a folder other than this run's own, which is written anew"
         raise ConfigError.of("resume", named, allowed)
+    if own and not checkpoint.exists(old):
+        return None
     if not checkpoint.exists(old):
         if (old / "metrics.jsonl").exists() or not _is_run_folder(old):
             raise ConfigError.of("resume", named, "a run folder with a checkpoint")
         logger.warning("%s: ended before its first checkpoint, so it begins anew", old)
         return None
     tensors, facts = checkpoint.read(old)
-    config.check_resume(settings, facts["settings"], facts["round"])
-    return State(tensors, facts)
-
-
-def _own_state(settings: Settings, folder: Path) -> State | None:
-    """Return what an earlier start of the same run left in its folder, if anything."""
-    if not checkpoint.exists(folder):
-        return None
-    tensors, facts = checkpoint.read(folder)
     config.check_resume(settings, facts["settings"], facts["round"])
     return State(tensors, facts)
 

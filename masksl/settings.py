@@ -54,6 +54,12 @@ class RunConfig:
         return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
 
+def checkpoint_due(settings: Mapping[str, Any], round_: int) -> bool:
+    """Tell whether a checkpoint is written after a round."""
+    every = int(settings["checkpoint.every"])
+    return bool(every) and (round_ % every == 0 or round_ == int(settings["rounds"]))
+
+
 def import_plugins(settings: Mapping[str, Value]) -> None:
     """Import the modules that ``plugins`` names; they register what they bring.
 

@@ -33,7 +33,7 @@ from masksl.halves import (
 )
 from masksl.ledger import Entry, Ledger, Traffic, compression_factor
 from masksl.messages import RunError
-from masksl.settings import RunConfig, Settings
+from masksl.settings import RunConfig, Settings, checkpoint_due
 from masksl.timing import Stopwatch
 
 TRAINING = "training"
@@ -353,7 +353,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
             self._adopt_average()
         self._round.train_seconds = time.monotonic() - began_training
         self._evaluate(grid)
-        if self._is_kept(number, rounds):
+        if self._is_kept(number):
             self.snapshot = self.state(self._collect_states(grid))
         row = self._row(time.monotonic() - began)
         self.observer.on_round(row)
@@ -444,11 +444,9 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
         self.restore(self.snapshot)
         self.ledger.begin_round()
 
-    def _is_kept(self, number: int, rounds: int) -> bool:
+    def _is_kept(self, number: int) -> bool:
         """Tell whether the state after a round may be needed."""
-        every = int(self.settings["checkpoint.every"])
-        due = every and (number % every == 0 or number == rounds)
-        return bool(self._most_lost or due)
+        return bool(self._most_lost) or checkpoint_due(self.settings, number)
 
     @property
     def _most_lost(self) -> int:

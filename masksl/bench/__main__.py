@@ -5,7 +5,6 @@ Each prints a table and writes its rows as JSON.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from masksl.model import ARCHITECTURES
 
 def main() -> None:
     """Run the benchmark that the command line names."""
-    if sys.argv[1:2] == ["engine"]:
-        # Imported here: the compressors are timed without Flower and Ray.
-        # pylint: disable-next=import-outside-toplevel
-        from masksl.bench import engine
-
-        engine.run_command(sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
@@ -46,18 +38,37 @@ def main() -> None:
     curves.add_argument("--images", type=int, help="images to train on, default all")
     curves.add_argument("--lr", type=float, default=0.05, help="learning rate")
 
+    engines = commands.add_parser(
+        "engine", help="exchanges, training steps and memory on every engine"
+    )
+    parts = ("exchanges", "steps", "memory")
+    engines.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    engines.add_argument("--clients", nargs="+", type=int, default=(10, 100, 1000))
+    sizes = 1_000, 120_000, 1_200_000
+    engines.add_argument("--sizes", nargs="+", type=int, default=sizes)
+    engines.add_argument(
+        "--most",
+        type=int,
+        default=1_200_000_000,
+        help="bytes of all frames of an exchange; more is left out",
+    )
+    engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
+
     for command in (speed, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
+    for command in (speed, targets, curves, engines):
         command.add_argument("--json", help="file to write, default bench_NAME.json")
-    for command in (targets, curves):
+    for command in (targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
     run(parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run a benchmark, print its table, write its rows."""
-    torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"threads": arguments.threads}
+    result: dict[str, Any] = {}
+    if arguments.benchmark != "engine":  # its runs set their own
+        torch.set_num_threads(arguments.threads)
+        result["threads"] = arguments.threads
     match arguments.benchmark:
         case "compress":
             result["rows"] = compress.measure(arguments.repeats)
@@ -71,6 +82,13 @@ def run(arguments: argparse.Namespace) -> None:
             )
             result |= activations.figure2(network, arguments.root)
             activations.show_figure2(result)
+        case "engine":
+            # Imported here: the compressors are timed without Flower and Ray.
+            # pylint: disable-next=import-outside-toplevel
+            from masksl.bench import engine
+
+            result |= engine.run(arguments)
+            engine.show(result)
     path = Path(arguments.json or f"bench_{arguments.benchmark}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -33,6 +33,8 @@ SIZES = (64, 256, 1024)  # samples of 64x16x16: 1 M, 4.2 M, 16.8 M elements
 STRAIGHT = "ms, straightforward"
 
 Encoded = tuple[torch.Tensor, torch.Tensor]
+Encode = Callable[[torch.Tensor], Any]
+Decode = Callable[[Any], torch.Tensor]
 
 
 def straightforward_encode(tensor: torch.Tensor, kept: int, bits: int = 2) -> Encoded:
@@ -73,13 +75,13 @@ def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
         A row for each: times in milliseconds, bytes, error.
     """
     kept = tensor.numel() // 100
-    timed: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor]]] = {}
+    timed: dict[str, tuple[Encode, Decode]] = {}
     for name, options in CASES:
         label = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
-        timed[label] = make(name, **options).encode, decode  # type: ignore[assignment]
+        timed[label] = make(name, **options).encode, decode
     if float(tensor.amin()) >= 0:  # the published procedure knows no signs
         timed[STRAIGHT] = (
-            lambda whole: straightforward_encode(whole, kept),  # type: ignore
+            lambda whole: straightforward_encode(whole, kept),
             lambda sent: straightforward_decode(sent[0], sent[1], tensor.shape),
         )
     times: dict[str, tuple[list[float], list[float]]] = {k: ([], []) for k in timed}
@@ -87,7 +89,7 @@ def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
     for _ in range(repeats):
         for label, (encode, undo) in timed.items():
             began = time.perf_counter()
-            frame = encode(tensor)  # type: ignore[call-arg]
+            frame = encode(tensor)
             encoded = time.perf_counter()
             decoded = undo(frame)
             times[label][0].append(encoded - began)

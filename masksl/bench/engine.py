@@ -36,9 +36,6 @@ from masksl.modules import CompressedCut
 from masksl.results import read_rows
 from masksl.settings import RunConfig, Settings, section
 
-CLIENTS = (10, 100, 1000)
-SIZES = (1_000, 120_000, 1_200_000)  # bytes of a frame
-EXCHANGES = 20
 LONG = 5.0  # seconds from which FEW exchanges are enough
 FEW = 3
 ROUNDS = 4  # of training; the first one warms up
@@ -500,28 +497,3 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _tell(what: str) -> None:
     """Say what is being measured."""
     print(what, file=sys.stderr, flush=True)
-
-
-def run_command(words: Sequence[str]) -> None:
-    """Run the benchmark with the words of a command line."""
-    parts = ("exchanges", "steps", "memory")
-    parser = argparse.ArgumentParser(
-        prog="python -m masksl.bench engine", description=__doc__
-    )
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--clients", nargs="+", type=int, default=CLIENTS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
-    parser.add_argument(
-        "--most",
-        type=int,
-        default=1_200_000_000,
-        help="bytes of all frames of an exchange; more is left out",
-    )
-    parser.add_argument("--repeats", type=int, default=EXCHANGES)
-    parser.add_argument("--root", default="data", help="folder of CIFAR-10 and MNIST")
-    parser.add_argument("--json", default="bench_engine.json", help="file to write")
-    arguments = parser.parse_args(words)
-    report = run(arguments)
-    with open(arguments.json, "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
-    show(report)

@@ -71,12 +71,10 @@ def _norms(measured: Row) -> list[list[str]]:
     network = measured["network"]
     cells: dict[tuple[str, str], list[str]] = {}
     for row in measured["rows"]:
-        if "bits" in row["options"] and row["options"]["bits"] < 1:
-            continue  # below what the paper's budgets reach
         name = _NAMES[_series(row)]
         place = f"{network['model']}, {network['dataset']}, {row['cut']}"
         if row["compressor"] == "ec" and row["options"]["bits"] != row["budget"]:
-            continue
+            continue  # a budget of the figure alone
         cell = f"{row['error']:.4f} ({row['bits']:.2f})"
         cells.setdefault((place, name), []).append(cell)
     return [[place, name, *values] for (place, name), values in cells.items()]
