@@ -9,7 +9,7 @@ POETRY := .poetry/bin/poetry
 READY := .venv/.ready
 TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg
-SOURCES := masksl tests
+SOURCES := masksl hydra_plugins scripts tests
 
 # An environment that is active where make is called is not the project's.
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
@@ -36,8 +36,8 @@ lint: $(READY)  ## Run the formatters in check mode, the linters and the type ch
 	$(POETRY) run black --check $(SOURCES)
 	$(POETRY) run docformatter --check --recursive $(SOURCES)
 	$(POETRY) run ruff check $(SOURCES)
-	$(POETRY) run mypy masksl
-	$(POETRY) run pylint --jobs=0 masksl
+	$(POETRY) run mypy masksl hydra_plugins scripts
+	$(POETRY) run pylint --jobs=0 masksl hydra_plugins scripts
 
 format: $(READY)  ## Rewrite the sources in the project's format
 	$(POETRY) run isort $(SOURCES)

@@ -33,7 +33,13 @@ from masksl.dataset import (
     partition,
     shards,
 )
-from masksl.halves import ClientHalf, OptimizerConfig, Tensors, resolve_device
+from masksl.halves import (
+    ClientHalf,
+    ComputeConfig,
+    OptimizerConfig,
+    Tensors,
+    resolve_device,
+)
 from masksl.settings import (
     RunConfig,
     Settings,
@@ -94,6 +100,7 @@ class Setup:
     dataset: DatasetConfig
     compressor: Compressor
     optimizer: OptimizerConfig
+    compute: ComputeConfig
     module: nn.Module
     initial: Tensors
     device: torch.device
@@ -124,6 +131,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
         dataset=dataset,
         compressor=make(**section(settings, "compressor")),
         optimizer=OptimizerConfig(**section(settings, "optimizer")),
+        compute=ComputeConfig(**section(settings, "compute")),
         module=module,
         initial={name: tensor.detach() for name, tensor in tensors.items()},
         device=device,
@@ -218,7 +226,8 @@ class Client:
         else:
             tensors = self._own(self.setup.initial)
         momentum = messages.state_tensors(state.get(_MOMENTUM, {}), device)
-        half = ClientHalf(self.setup.module, tensors, momentum, self.setup.threads)
+        setup = self.setup
+        half = ClientHalf(setup.module, tensors, momentum, setup.threads, setup.compute)
         tensors |= {name: buffer.clone() for name, buffer in half.buffers.items()}
         return half
 

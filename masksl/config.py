@@ -19,6 +19,7 @@ from masksl.settings import Settings, Value, import_plugins, parse, section
 COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")
 SYNCS = ("step", "round", "never")
 SCHEDULES = ("constant", "cosine", "multistep", "step")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 ENGINES = ("flower", "local", "ray")
 
 
@@ -112,6 +113,9 @@ RULES: dict[str, Rule] = {
     "client_device": _DEVICE,
     "threads.client": _whole(1),
     "threads.server": _whole(1),
+    "compute.precision": _choice(PRECISIONS),
+    "compute.channels_last": _BOOL,
+    "compute.compile": _BOOL,
     "optimizer.lr": _RATE,
     "optimizer.momentum": _SHARE,
     "optimizer.weight_decay": _NOT_NEGATIVE,

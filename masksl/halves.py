@@ -4,8 +4,10 @@ No bytes, no messages.
 """
 
 import math
+import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +90,53 @@ class ScheduleConfig:
 SCHEDULES = ("constant", "cosine", "multistep", "step")
 
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the halves compute; weights, activations and gradients stay float32.
+
+    Parameters
+    ----------
+    precision : str
+        Of products: ``float32``; ``tf32``, 10 bits of mantissa, on CUDA alone;
+        ``bfloat16``, PyTorch's autocast.
+    channels_last : bool
+        Whether images lie in memory with their channels last.
+    compile : bool
+        Whether the server half is compiled.
+    """
+
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def laid_out(self, images: torch.Tensor) -> torch.Tensor:
+        """Return a batch in the memory format of the halves."""
+        if self.channels_last and images.dim() == 4:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def prepared(self, module: nn.Module) -> nn.Module:
+        """Return a module whose weights lie in the memory format of the halves."""
+        if self.channels_last:
+            return module.to(memory_format=torch.channels_last)  # type: ignore
+        return module
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a forward pass."""
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 @contextmanager
-def compute(threads: int, device: torch.device, seed: int) -> Iterator[None]:
+def compute(
+    threads: int,
+    device: torch.device,
+    seed: int,
+    config: ComputeConfig = ComputeConfig(),
+) -> Iterator[None]:
     """Set what a result depends on: threads, and a seeded fork of the generators.
 
     Parameters
@@ -100,10 +147,15 @@ def compute(threads: int, device: torch.device, seed: int) -> Iterator[None]:
         Where the half is.
     seed : int
         Seed of what layers draw from PyTorch's global generator (dropout).
+    config : ComputeConfig
+        Its ``precision`` says whether CUDA may round to TF32.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     cuda = [device] if device.type == "cuda" else []
+    rounding = "tf32" if config.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = rounding
+    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.random.default_generator.manual_seed(seed)
@@ -133,12 +185,20 @@ class ClientHalf:
         Momentum by the parameter's name; empty before the first step.
     threads : int
         Threads of the CPU kernels.
+    config : ComputeConfig
+        How it computes; ``compile`` is the server half's alone.
     """
 
     def __init__(
-        self, module: nn.Module, tensors: Tensors, momentum: Tensors, threads: int
+        self,
+        module: nn.Module,
+        tensors: Tensors,
+        momentum: Tensors,
+        threads: int,
+        config: ComputeConfig = ComputeConfig(),
     ) -> None:
         self._module = module
+        self._config = config
         self._names = [name for name, _ in module.named_parameters()]
         for name in self._names:
             tensors[name].requires_grad_(True)
@@ -170,9 +230,18 @@ class ClientHalf:
             The activation at the cut, detached.
         """
         self._module.train()
-        with compute(self._threads, self._device, seed):
-            self._activation = functional_call(self._module, self.tensors, (images,))
+        with self._compute(seed):
+            self._activation = self._run(images)
         return self._activation.detach()
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        images = self._config.laid_out(images)
+        with self._config.autocast(self._device):
+            activation = functional_call(self._module, self.tensors, (images,))
+        return activation.float()
+
+    def _compute(self, seed: int = 0) -> AbstractContextManager[None]:
+        return compute(self._threads, self._device, seed, self._config)
 
     def backward(
         self, gradient: torch.Tensor, positions: torch.Tensor | None = None
@@ -206,7 +275,7 @@ class ClientHalf:
             given, gradient = gradient, gradient.new_zeros(activation.shape)
             gradient.view(-1)[positions] = given
         parameters = [self.tensors[name] for name in self._names]
-        with compute(self._threads, self._device, 0):
+        with self._compute():
             gradients = torch.autograd.grad(activation, parameters, gradient)
         return dict(zip(self._names, gradients, strict=True))
 
@@ -222,14 +291,14 @@ class ClientHalf:
         lr : float
             Learning rate of this round.
         """
-        with compute(self._threads, self._device, 0):
+        with self._compute():
             apply_gradients(self.tensors, gradients, self.momentum, config, lr)
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Return the activation of images in evaluation mode; nothing changes."""
         self._module.eval()
-        with torch.no_grad(), compute(self._threads, self._device, 0):
-            return functional_call(self._module, self.tensors, (images,))
+        with torch.no_grad(), self._compute():
+            return self._run(images)
 
 
 @dataclass(frozen=True)
@@ -288,12 +357,22 @@ class ServerHalf:
         The optimiser.
     threads : int
         Threads of the CPU kernels.
+    compute_config : ComputeConfig
+        How it computes.
     """
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, threads: int):
-        self.module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        threads: int,
+        compute_config: ComputeConfig = ComputeConfig(),
+    ) -> None:
+        self.module = compute_config.prepared(module)
+        self._forward = torch.compile(module) if compute_config.compile else module
         self._optimizer = config.make(list(module.parameters()))
         self._threads = threads
+        self._config = compute_config
         self.device = next(module.parameters()).device
 
     def step(
@@ -332,8 +411,9 @@ class ServerHalf:
             heap.trim()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with compute(self._threads, self.device, seed):
-            loss = functional.cross_entropy(self.module(batch), torch.cat(list(labels)))
+        with self._compute(seed):
+            logits = self._run(batch)
+            loss = functional.cross_entropy(logits, torch.cat(list(labels)))
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
@@ -343,6 +423,15 @@ class ServerHalf:
             if size != len(batch):
                 part.mul_(len(batch) / size)
         return Step(loss.item(), slices)
+
+    def _run(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a batch of activations."""
+        batch = self._config.laid_out(batch)
+        with self._config.autocast(self.device):
+            return self._forward(batch).float()
+
+    def _compute(self, seed: int = 0) -> AbstractContextManager[None]:
+        return compute(self._threads, self.device, seed, self._config)
 
     def state(self) -> tuple[Tensors, Tensors]:
         """Return copies of its parameters and buffers, and of its momentum, by name."""
@@ -366,8 +455,8 @@ class ServerHalf:
     def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
         """Score a batch of decoded activations against its labels."""
         self.module.eval()
-        with torch.no_grad(), compute(self._threads, self.device, 0):
-            logits = self.module(activation)  # (n, classes)
+        with torch.no_grad(), self._compute():
+            logits = self._run(activation)  # (n, classes)
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
             hits = best == labels[:, None]
@@ -450,3 +539,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """Return in words what computes there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"

@@ -140,8 +140,8 @@ def _small_cnn(classes: int, channels: int) -> Units:
         nn.Sequential(
             nn.Conv2d(before, after, 3, padding=1, bias=False),
             nn.BatchNorm2d(after),
+            nn.MaxPool2d(2),  # before the ReLU: the same, with a quarter of it to do
             nn.ReLU(inplace=True),
-            nn.MaxPool2d(2),
         )
         for before, after in pairwise(widths)
     ]

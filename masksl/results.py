@@ -13,6 +13,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 EVENTS = "events.jsonl"
 CURVES = "curves.png"
+_PLACES = ("dataset.root", "resume")
 
 
 class RunFolder:
@@ -65,6 +66,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the summary of a run folder."""
     return json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+
+
+def collect(folder: Path, into: Path) -> None:
+    """Copy what reports need of the finished runs below a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds run folders, at any depth.
+    into : Path
+        Gets the same folders, without checkpoints, curves, and places on this machine.
+    """
+    for summary in sorted(folder.glob(f"**/{SUMMARY}")):
+        run = into / summary.parent.relative_to(folder)
+        run.mkdir(parents=True, exist_ok=True)
+        settings = read_config(summary.parent)
+        kept = {key: settings[key] for key in settings if key not in _PLACES}
+        _write(run / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+        for name in (METRICS, SUMMARY):
+            _write(run / name, (summary.parent / name).read_text(encoding="utf-8"))
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

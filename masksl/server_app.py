@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from masksl.compress import make
 from masksl.config import ConfigError
 from masksl.console import ProgressBar, print_summary
 from masksl.dataset import DATASETS
-from masksl.halves import OptimizerConfig, ScheduleConfig, ServerHalf, resolve_device
+from masksl.halves import (
+    ComputeConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    ServerHalf,
+    describe,
+    resolve_device,
+)
 from masksl.ledger import Ledger, Link, compression_factor
 from masksl.messages import ACTIVATION, RunError
 from masksl.results import SUMMARY, RunFolder, read_config, read_summary
@@ -219,7 +226,10 @@ def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
         shared = SharedHalf(tensors, list(parameters))
     return SplitLearning(
         server=ServerHalf(
-            server.to(device), optimizer, int(settings["threads.server"])
+            server.to(device),
+            optimizer,
+            int(settings["threads.server"]),
+            ComputeConfig(**section(settings, "compute")),
         ),
         shared=shared,
         settings=settings,
@@ -289,6 +299,8 @@ def summarize(
         "relative_error": last["relative_error"],
         "link_seconds": traffic.link_seconds,
         "wall_seconds": seconds,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": describe(resolve_device(str(settings["device"]))),
     } | throughput(rows)
 
 

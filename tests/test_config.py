@@ -12,7 +12,7 @@ import yaml
 from masksl import compress, config, dataset, model
 from masksl.config import ConfigError
 from masksl.engine import ENGINES
-from masksl.halves import SCHEDULES
+from masksl.halves import PRECISIONS, SCHEDULES
 from masksl.settings import flatten, section
 from tests.conftest import ROOT, settings_of
 
@@ -156,7 +156,8 @@ def test_run_config_drops_options_of_the_other_compressor() -> None:
 
 def test_files_of_groups_agree_with_the_code() -> None:
     assert stems("compressor") == stems("gradient_compressor")
-    assert stems("compressor") == set(compress.COMPRESSORS)
+    variants = {"ms_context"}
+    assert stems("compressor") == set(compress.COMPRESSORS) | variants
     for name in compress.COMPRESSORS:
         given = options(CONF / f"compressor/{name}.yaml")
         assert given.pop("name") == name
@@ -166,6 +167,7 @@ def test_files_of_groups_agree_with_the_code() -> None:
     assert stems("dataset") == set(dataset.DATASETS) - {"toy"}
     assert stems("engine") == set(ENGINES) == set(config.ENGINES)
     assert config.SCHEDULES == SCHEDULES
+    assert config.PRECISIONS == PRECISIONS
     for group in ("model", "dataset", "engine"):
         for name in stems(group):
             assert options(CONF / f"{group}/{name}.yaml")["name"] == name

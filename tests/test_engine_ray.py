@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from ray.cluster_utils import Cluster
 
 from masksl import config, main, messages, results
@@ -60,6 +60,35 @@ def test_graphs_beyond_the_limit_are_rebuilt(tmp_path: Path) -> None:
     local = untimed(train(*SMALL).rows)
     assert [row.pop("rebuilt_graphs") for row in local] == [0, 0]
     assert rows == local
+
+
+def test_messages_that_go_in_portions_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PORTION", 1)
+    rows = run(tmp_path, *SMALL, "engine.hosts=2")
+    assert rows == untimed(train(*SMALL).rows)
+
+
+def test_portions_hold_what_they_may() -> None:
+    engine.identify(1)  # Flower's messages ask for a task
+    half = messages.model_record({"w": torch.zeros(1000)})
+    half_size = sum(len(array.data) for array in half.values())
+    frames = [messages.frame_record(bytes(4_000_000)) for _ in range(10)]
+    sent = [
+        Message(RecordDict({"model": half, "gradient": frame}), 1, "train.backward")
+        for frame in frames
+    ]
+    assert engine.PORTION == 16_000_000
+    divided = list(engine.portions(sent))
+    assert [message for portion in divided for message in portion] == sent
+    assert [len(portion) for portion in divided] == [3, 4, 3]
+    assert half_size < 4_000_000
+    assert [len(portion) for portion in engine.portions(sent[:3])] == [3]
+    large = messages.frame_record(bytes(engine.PORTION + 1))
+    alone = Message(RecordDict({"gradient": large}), 1, "train.backward")
+    assert [len(portion) for portion in engine.portions([alone, alone])] == [2]
+    assert not list(engine.portions([]))
 
 
 def test_records_cross_once_and_whole() -> None:

@@ -131,6 +131,18 @@ def test_a_killed_host_changes_nothing(
     assert summary["bytes_total"] == sum(map(_bytes, rows))
 
 
+def test_a_host_killed_among_several_calls_changes_nothing(
+    order: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PORTION", 1)  # a call a message
+    order.write_text("backward 2 0 1")
+    rows = run(tmp_path, *KILLED, "engine=ray")
+    assert not order.exists(), "nobody was killed"
+    assert rows == untimed(train(*KILLED).rows)
+    (event,) = map(json.loads, (tmp_path / results.EVENTS).read_text().splitlines())
+    assert event["reasons"] == ["host 0 died"]
+
+
 def _bytes(row: Any) -> int:
     if isinstance(row, dict):
         nested = row["bytes"] if "bytes" in row else row

@@ -12,9 +12,10 @@ import torch
 from masksl import results
 from masksl.bench import activations
 from masksl.report.__main__ import main
+from masksl.report.cells import ACCOUNTS
 from masksl.report.figure2 import _series, figure2
 from masksl.report.runs import runs
-from masksl.report.table1 import ACCOUNTS, progress, table1
+from masksl.report.table1 import progress, table1
 from tests.test_main import QUICK, masksl
 
 
@@ -23,7 +24,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the measurements of a network trained on 300 digits."""
     folder = tmp_path_factory.mktemp("figure2")
     network = activations.Network("small_cnn", "digits", 300, 0.05)
-    result = activations.figure2(network, "data")
+    result = activations.figure2_of_training(network, "data")
     activations.show_figure2(result)
     (folder / "digits.json").write_text(json.dumps(result))
     return folder
@@ -127,10 +128,10 @@ def first_at(rows: list[dict[str, Any]], target: float) -> float | None:
 def test_table1_counts_what_was_sent_until_the_target(sweep: Path) -> None:
     texts = table1(sweep)
     lines = [line.split(" | ") for line in texts["table1.md"].splitlines()[2:]]
-    assert [line[0].strip("| ") for line in lines] == [
-        f"{account}, digits, shallow" for account in ACCOUNTS
+    assert [[cell.strip("| ") for cell in line[:3]] for line in lines] == [
+        [account, "small_cnn, digits, 3 clients", "shallow"] for account in ACCOUNTS
     ]
-    for method, column in (("qu", 1), ("ms", 2)):
+    for method, column in (("qu", 3), ("ms", 4)):
         saved = []
         for seed in (1, 2):
             folders = {name: find(sweep, name, seed) for name in (method, "none")}
@@ -144,7 +145,7 @@ def test_table1_counts_what_was_sent_until_the_target(sweep: Path) -> None:
         assert lines[0][column].startswith(expected)
     assert texts["accuracy.md"].count("\n") == 3
     rows = list(csv.DictReader(texts["table1.csv"].splitlines()))
-    assert [row["method"] for row in rows] == ["none"] * 2 + ["ms"] * 2 + ["qu"] * 2
+    assert [row["method"] for row in rows] == ["none"] * 2 + ["qu"] * 2 + ["ms"] * 2
 
 
 def find(sweep: Path, compressor: str, seed: int) -> Path:

@@ -40,7 +40,16 @@ IMPORTS = {
     },
     "modules": {"compress"},
     "bench": {
-        *("bench", "compress", "dataset", "engine", "halves", "main", "messages"),
+        *(
+            "bench",
+            "checkpoint",
+            "compress",
+            "dataset",
+            "engine",
+            "halves",
+            "main",
+            "messages",
+        ),
         *("model", "modules", "results", "seeds", "server_app", "settings"),
     },
     "report": {"report", "results"},
@@ -48,6 +57,7 @@ IMPORTS = {
         *("checkpoint", "config", "dataset", "engine", "messages", "server_app"),
         "settings",
     },
+    "sweep": {"config", "main", "results", "server_app"},
     "engine": {"engine", "heap"},
 }
 FRAMEWORKS = {"flwr", "ray", "hydra"}

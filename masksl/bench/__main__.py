@@ -5,12 +5,14 @@ Each prints a table and writes its rows as JSON.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from masksl.bench import activations, compress
+from masksl.checkpoint import CheckpointError
 from masksl.dataset import DATASETS
 from masksl.model import ARCHITECTURES
 
@@ -32,6 +34,9 @@ def main() -> None:
 
     curves = commands.add_parser(
         "figure2", help="error against bits of every compressor, on activations"
+    )
+    curves.add_argument(
+        "--run", type=Path, help="folder of a run whose network it is, instead of these"
     )
     curves.add_argument("--model", choices=ARCHITECTURES, default="small_cnn")
     curves.add_argument("--dataset", choices=DATASETS, default="digits")
@@ -60,7 +65,11 @@ def main() -> None:
         command.add_argument("--json", help="file to write, default bench_NAME.json")
     for command in (targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
-    run(parser.parse_args())
+    try:
+        run(parser.parse_args())
+    except CheckpointError as error:
+        print(f"masksl: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,10 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
             result["rows"] = activations.targets(arguments.root, arguments.vgg19_images)
             activations.show_targets(result["rows"])
         case "figure2":
-            network = activations.Network(
-                arguments.model, arguments.dataset, arguments.images, arguments.lr
-            )
-            result |= activations.figure2(network, arguments.root)
+            if arguments.run is not None:
+                result |= activations.figure2_of_run(arguments.run, arguments.root)
+            else:
+                network = activations.Network(
+                    arguments.model, arguments.dataset, arguments.images, arguments.lr
+                )
+                result |= activations.figure2_of_training(network, arguments.root)
             activations.show_figure2(result)
         case "engine":
             # Imported here: the compressors are timed without Flower and Ray.

@@ -1,11 +1,13 @@
 """What compressors do to the activations of a briefly trained network.
 
-The first 256 training images are left out of the training; their activations, as the
-client would send them in a training step, are what is compressed.
+What is compressed are the activations of 256 images that it was not trained on, as the
+client would send them in a training step: the first training images, left out, or the
+first test images, where the network is that of a run.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from masksl import model, seeds
+from masksl import checkpoint, model, seeds
 from masksl.compress import decode, make
 from masksl.dataset import DatasetConfig, load
 
@@ -207,18 +209,68 @@ def settings(budget: int) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def figure2(network: Network, root: str) -> dict[str, Any]:
-    """Return error and bits of all `settings` at the named cuts of a network."""
-    units, images, seen = train(network, root)
+def figure2(units: model.Units, name: str, images: torch.Tensor) -> list[Row]:
+    """Return error and bits of all `settings` at the named cuts of a network.
+
+    Parameters
+    ----------
+    units : list[nn.Module]
+        The network.
+    name : str
+        What it is called.
+    images : torch.Tensor
+        float32, shape (B, C, H, W), normalised.
+    """
     rows = []
-    for cut, count in model.ARCHITECTURES[network.model].cuts.items():
+    for cut, count in model.ARCHITECTURES[name].cuts.items():
         tensor = activation(units, count, images)
         shape = "x".join(map(str, tensor.shape))
         for budget in BUDGETS:
-            for name, options in settings(budget):
+            for compressor, options in settings(budget):
                 row = {"cut": cut, "shape": shape, "budget": budget + 1}
-                rows.append(row | measure(tensor, name, options))
+                rows.append(row | measure(tensor, compressor, options))
+    return rows
+
+
+def figure2_of_training(network: Network, root: str) -> dict[str, Any]:
+    """Return a network, trained here, and its rows of `figure2`."""
+    units, images, seen = train(network, root)
+    rows = figure2(units, network.model, images)
     return {"network": asdict(network) | {"images": seen}, "rows": rows}
+
+
+def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
+    """Return the network of a run, and its rows of `figure2` on test images.
+
+    Parameters
+    ----------
+    folder : Path
+        Run folder with a checkpoint, of any round; of a run whose clients share their
+        half.
+    root : str
+        Folder of the data sets.
+
+    Raises
+    ------
+    CheckpointError
+        If it has no checkpoint that can be read.
+    """
+    tensors, facts = checkpoint.read(folder)
+    run = facts["settings"]
+    name, dataset = run["model.name"], run["dataset.name"]
+    data = load(DatasetConfig(dataset, root))
+    units = model.build(name, data.spec.classes, data.spec.channels, seed=0)
+    for group, half in zip(
+        ("shared/", "server/"),
+        model.split(units, model.resolve_cut(name, run["cut"])),
+        strict=True,
+    ):
+        named = {k.removeprefix(group): t for k, t in tensors.items()}
+        half.load_state_dict({key: named[key] for key in half.state_dict()})
+    seen = sum(row["samples"] for row in facts["rows"])
+    network = Network(name, dataset, seen, run["optimizer.lr"])
+    images, _ = data.test_batch(torch.arange(HELD_OUT))
+    return {"network": asdict(network), "rows": figure2(units, name, images)}
 
 
 def show_figure2(result: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 A host keeps its clients for the whole run: their contexts, their data and their live
 graphs never leave its memory. An exchange is one call a host, with the messages of all
-its clients. Ray is started once in a process and used by all its runs.
+its clients, or a few where these are large. Ray is started once in a process and used
+by all its runs.
 """
 
 import logging
@@ -13,9 +14,10 @@ import socket
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from masksl.engine.nodes import (
 PATIENCE = 180.0  # seconds that hosts have to start
 KNOCK = 5.0  # seconds that a cluster has to answer
 INLINE = 2_000_000  # bytes of a call that travel in it, not through shared memory
+PORTION = 16_000_000  # bytes of arrays that a call carries, one message at least
 OUT_OF_BAND = 16_384  # bytes from which an array is not pickled with its message
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,29 @@ def _divide(
 
 
 # --- what crosses ---------------------------------------------------------------------
+
+
+def portions(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Divide what a host is sent, as a rule into one call.
+
+    Ray keeps what is large in shared memory until the call is answered, and never gives
+    that memory back. A record that several messages share weighs once.
+    """
+    portion: list[Message] = []
+    seen: set[int] = set()
+    weight = 0
+    for message in messages:
+        records = message.content.array_records.values()
+        new = {id(record): record for record in records if id(record) not in seen}
+        seen |= new.keys()
+        more = sum(len(a.data) for record in new.values() for a in record.values())
+        if portion and more and weight + more > PORTION:
+            yield portion
+            portion, weight = [], 0
+        portion.append(message)
+        weight += more
+    if portion:
+        yield portion
 
 
 def pack(contents: Sequence[RecordDict]) -> list[dict[str, Any]]:
@@ -304,12 +330,14 @@ class RayGrid(CallGrid):
         EngineError
             If a host cannot work at all; one that died is replaced.
         """
-        sent: dict[int, list[Message]] = {}
+        groups: dict[int, list[Message]] = {}
         for message in messages:
-            sent.setdefault(self._where[message.metadata.dst_node_id], []).append(
-                message
-            )
-        pending = {self._call(index, group): index for index, group in sent.items()}
+            index = self._where[message.metadata.dst_node_id]
+            groups.setdefault(index, []).append(message)
+        waiting = {index: deque(portions(group)) for index, group in groups.items()}
+        pending: dict[Any, tuple[int, list[Message]]] = {}
+        for index in [*waiting, *waiting]:  # the next one lies there when one is done
+            self._send(index, waiting, pending)
         end = math.inf if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while pending:
@@ -317,9 +345,28 @@ class RayGrid(CallGrid):
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
             if not ready:
                 break
-            index = pending.pop(ready[0])
-            replies += self._collect(index, ready[0], sent[index])
+            index, sent = pending.pop(ready[0])
+            answered = self._collect(index, ready[0], sent)
+            if answered is None:
+                unsent = list(chain.from_iterable(waiting.pop(index)))
+                lost = [answer for answer, (i, _) in pending.items() if i == index]
+                unanswered = [pending.pop(answer)[1] for answer in lost]
+                replies += self._replace(index, [*sent, *chain(*unanswered), *unsent])
+            else:
+                replies += answered
+                self._send(index, waiting, pending)
         return replies
+
+    def _send(
+        self,
+        index: int,
+        waiting: Mapping[int, deque[list[Message]]],
+        pending: dict[Any, tuple[int, list[Message]]],
+    ) -> None:
+        """Send a host the next of what waits for it."""
+        if waiting[index]:
+            portion = waiting[index].popleft()
+            pending[self._call(index, portion)] = index, portion
 
     def _start_host(self, place: Place) -> Any:
         pinned = {place.resource: 1e-3} if place.resource else None
@@ -367,8 +414,10 @@ class RayGrid(CallGrid):
         packed = pack([message.content for message in messages])
         return self._hosts[index].answer.remote(heads, packed)
 
-    def _collect(self, index: int, answer: Any, sent: list[Message]) -> list[Message]:
-        """Return the replies of a host; replace it if it died instead."""
+    def _collect(
+        self, index: int, answer: Any, sent: list[Message]
+    ) -> list[Message] | None:
+        """Return the replies of a host, None if it died instead."""
         try:
             errors, packed = ray.get(answer)
         except RayTaskError as error:
@@ -377,7 +426,7 @@ class RayGrid(CallGrid):
             if getattr(error, "actor_init_failed", False):
                 message = f"host {index} could not start: {_reason(error)}"
                 raise EngineError(message) from error
-            return self._replace(index, sent)
+            return None
         return [
             (
                 Message(content, reply_to=message)

@@ -6,123 +6,74 @@ compression, at whatever cut; what a round of these would send at the cut follow
 the method's ledger, which knows the float32 size of all that it sent.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from masksl import results
+from masksl.report.cells import (
+    ACCOUNTS,
+    METHODS,
+    NONE,
+    Cells,
+    Run,
+    evaluations,
+    read_cells,
+)
 from masksl.report.tables import ReportError, comma_separated, markdown, spread
 
-METHODS = {
-    "qu": "QU",
-    "sp": "SP",
-    "ms": "MS",
-    "rt": "RT",
-    "ms+lossless": "MS, lossless",
-    "ec": "EC",
+COMPARED = ("qu", "sp", "ms", "rt")
+PAPER = {  # data set, cut: multipliers of those compared
+    ("cifar10", "shallow"): ("INF", "INF", "13.11", "INF"),
+    ("cifar10", "medium"): ("9.92", "13.56", "13.56", "13.71"),
+    ("cifar10", "deep"): ("10.37", "13.56", "13.63", "13.71"),
+    ("cifar100", "shallow"): ("INF", "INF", "12.53", "INF"),
+    ("cifar100", "medium"): ("INF", "INF", "13.50", "INF"),
+    ("cifar100", "deep"): ("INF", "INF", "12.29", "INF"),
+    ("imagenet", "shallow"): ("INF", "INF", "INF", "INF"),
+    ("imagenet", "medium"): ("INF", "INF", "13.20", "INF"),
+    ("imagenet", "deep"): ("INF", "INF", "12.32", "INF"),
 }
-CUTS = ("shallow", "medium", "deep")
-PAPER = {
-    "cifar10": {
-        "shallow": {"qu": "INF", "sp": "INF", "ms": "13.11", "rt": "INF"},
-        "medium": {"qu": "9.92", "sp": "13.56", "ms": "13.56", "rt": "13.71"},
-        "deep": {"qu": "10.37", "sp": "13.56", "ms": "13.63", "rt": "13.71"},
-    },
-    "cifar100": {
-        "shallow": {"qu": "INF", "sp": "INF", "ms": "12.53", "rt": "INF"},
-        "medium": {"qu": "INF", "sp": "INF", "ms": "13.50", "rt": "INF"},
-        "deep": {"qu": "INF", "sp": "INF", "ms": "12.29", "rt": "INF"},
-    },
-    "imagenet": {
-        "shallow": {"qu": "INF", "sp": "INF", "ms": "INF", "rt": "INF"},
-        "medium": {"qu": "INF", "sp": "INF", "ms": "13.20", "rt": "INF"},
-        "deep": {"qu": "INF", "sp": "INF", "ms": "12.32", "rt": "INF"},
-    },
+PAPER_TOP1 = {  # data set, cut: top-1 after the last epoch, %, without and of those
+    ("cifar10", "shallow"): (93.90, 88.69, 91.32, 93.51, 90.76),
+    ("cifar10", "medium"): (93.90, 93.39, 93.67, 93.78, 93.37),
+    ("cifar10", "deep"): (93.90, 93.65, 93.60, 93.70, 93.55),
+    ("cifar100", "shallow"): (77.78, 62.80, 75.78, 77.24, 74.21),
+    ("cifar100", "medium"): (77.78, 75.19, 76.30, 77.76, 74.55),
+    ("cifar100", "deep"): (77.78, 76.54, 75.48, 77.18, 75.12),
+    ("imagenet", "shallow"): (73.15, 66.39, 69.01, 72.40, 71.15),
+    ("imagenet", "medium"): (73.15, 66.34, 71.20, 73.09, 71.67),
+    ("imagenet", "deep"): (73.15, 70.05, 70.69, 73.07, 71.67),
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the table needs of a finished run.
+def table1(folder: Path) -> dict[str, str]:
+    """Return the tables of a folder of runs.
 
     Parameters
     ----------
-    dataset, cut, method : str
-        Of its configuration; the method is the compressor's name, ``ms+lossless`` with
-        a lossless stage.
-    seed : int
-        Its seed.
-    progress : float | None
-        Rounds until the target, None where it was not reached.
-    best, last : float
-        Top-1 accuracies over all rounds and after the last one, fractions.
-    sent : tuple[float, ...]
-        Bytes a round by the three accounts: activations; with labels; everything.
-    dense : tuple[float, ...]
-        Bytes of the same tensors in float32.
+    folder : Path
+        Holds run folders, at any depth; runs without compression among them.
+
+    Returns
+    -------
+    dict[str, str]
+        Text by file name.
+
+    Raises
+    ------
+    ReportError
+        If there are no runs, none without compression, or no target.
     """
-
-    dataset: str
-    cut: str
-    method: str
-    seed: int
-    progress: float | None
-    best: float
-    last: float
-    sent: tuple[float, ...]
-    dense: tuple[float, ...]
-
-
-ACCOUNTS = ("activations", "with labels", "everything")
-
-
-def read_run(folder: Path) -> Run:
-    """Return a finished run by its folder."""
-    settings = results.read_config(folder)
-    summary, rows = results.read_summary(folder), results.read_rows(folder)
-    staged = settings.get("compressor.lossless", "none") != "none"
-    name = settings["compressor.name"]
-    labels = _labels(summary["bytes"])
-    activations = float(summary["paper_bytes"])
-    everything = float(summary["bytes_total"])
-    dense = summary["compression_factor"] * activations
-    sent = activations, activations + labels, everything
-    whole = dense, dense + labels, summary["factor_total"] * everything
-    return Run(
-        settings["dataset.name"],
-        str(settings["cut"]),
-        f"{name}+lossless" if staged else name,
-        settings["seed"],
-        progress(rows, _target(settings)),
-        max(top1 for _, top1 in evaluations(rows)),
-        rows[-1]["top1"],
-        tuple(figure / len(rows) for figure in sent),
-        tuple(figure / len(rows) for figure in whole),
-    )
-
-
-def _target(settings: Mapping[str, Any]) -> float:
-    target = settings.get("target")
-    if not isinstance(target, float):
-        raise ReportError(f"target={target!r}: must be a top-1 accuracy for this table")
-    return target
-
-
-def _labels(nested: Mapping[str, Any]) -> int:
-    return sum(phase.get("up", {}).get("label", 0) for phase in nested.values())
-
-
-def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return every evaluation: rounds trained until then, and top-1 accuracy."""
-    found = []
-    for row in rows:
-        before = row["round"] - 1
-        found += [(before + c["step"] / row["steps"], c["top1"]) for c in row["checks"]]
-        found.append((row["round"], row["top1"]))
-    return found
+    cells = read_cells(folder)
+    for run in _runs(cells):
+        if run.target is None:
+            raise ReportError(f"target=null: a run of {run.task} counts up to none")
+    return {
+        "table1.md": _multipliers(cells),
+        "table1.csv": _figures(cells),
+        "accuracy.md": _accuracies(cells),
+    }
 
 
 def progress(rows: Sequence[Mapping[str, Any]], target: float) -> float | None:
@@ -142,145 +93,102 @@ def multiplier(run: Run, baseline: float, account: int) -> float | None:
     account : int
         Index in `ACCOUNTS`.
     """
-    if run.progress is None:
+    rounds = _progress(run)
+    if rounds is None:
         return None
-    return run.dense[account] * baseline / (run.sent[account] * run.progress)
+    return run.dense[account] * baseline / (run.sent[account] * rounds)
 
 
-def table1(folder: Path) -> dict[str, str]:
-    """Return the tables of a folder of runs.
-
-    Parameters
-    ----------
-    folder : Path
-        Holds run folders, at any depth; runs without compression among them.
-
-    Returns
-    -------
-    dict[str, str]
-        Text by file name.
-
-    Raises
-    ------
-    ReportError
-        If there are no runs, or none without compression.
-    """
-    paths = sorted(folder.glob(f"**/{results.SUMMARY}"))
-    runs = [read_run(path.parent) for path in paths]
-    if not runs:
-        raise ReportError(f"no {results.SUMMARY} below {folder}")
-    cells: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(dict)
-    baselines: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if run.method == "none":
-            baselines[run.dataset].append(run)
-        else:
-            cells[run.dataset, run.cut].setdefault(run.method, []).append(run)
-    for dataset, _ in cells:
-        if dataset not in baselines:
-            raise ReportError(f"no run of {dataset} without compression in {folder}")
-    order = sorted(cells, key=lambda place: (place[0], _rank(place[1])))
-    places = {place: cells[place] for place in order}
-    return {
-        "table1.md": _multipliers(places, baselines),
-        "table1.csv": _figures(places, baselines),
-        "accuracy.md": _accuracies(places, baselines),
-    }
+def _progress(run: Run) -> float | None:
+    assert run.target is not None
+    return progress(run.rows, run.target)
 
 
-def _rank(cut: str) -> tuple[int, str]:
-    return (CUTS.index(cut) if cut in CUTS else len(CUTS), cut)
-
-
-Places = Mapping[tuple[str, str], Mapping[str, list[Run]]]
-Baselines = Mapping[str, list[Run]]
-
-
-def _saved(found: list[Run], baselines: list[Run], account: int) -> list[float | None]:
-    """Return the multiplier of every run, against the baseline of its seed."""
-    by_seed = {run.seed: run.progress for run in baselines}
-    reached = [rounds for rounds in by_seed.values() if rounds is not None]
-    saved = []
-    for run in found:
-        rounds = by_seed.get(run.seed, fmean(reached) if reached else None)
-        saved.append(None if rounds is None else multiplier(run, rounds, account))
-    return saved
-
-
-def _cell(saved: Sequence[float | None]) -> str:
-    """Return mean ± deviation of those that reached the target, INF if none did."""
-    reached = [figure for figure in saved if figure is not None]
-    if not reached:
-        return "INF"
-    mean, deviation = spread(reached)
-    part = "" if len(reached) == len(saved) else f" ({len(reached)} of {len(saved)})"
-    return f"{mean:.2f} ± {deviation:.2f}{part}"
-
-
-def _multipliers(places: Places, baselines: Baselines) -> str:
+def _multipliers(cells: Cells) -> str:
     """Return the table in the paper's shape, an account after the other."""
-    methods = _present(places)
-    head = ["traffic, data set, cut", *(METHODS[m] for m in methods), "the paper's"]
+    methods = _present(cells)
+    shown = [METHODS[method] for method in methods]
+    head = ["traffic", "task", "cut", *shown, "the paper's QU, SP, MS, RT"]
     rows = []
     for account, name in enumerate(ACCOUNTS):
-        for (dataset, cut), found in places.items():
-            cells = [
-                (
-                    _cell(_saved(found[method], baselines[dataset], account))
-                    if method in found
-                    else "–"
-                )
-                for method in methods
-            ]
-            rows.append([f"{name}, {dataset}, {cut}", *cells, _paper(dataset, cut)])
+        for (task, cut), found in cells.items():
+            saved = [_cell(found.get(method, []), found, account) for method in methods]
+            paper = ", ".join(PAPER.get((task.dataset, cut), ())) or "–"
+            rows.append([name, str(task), cut, *saved, paper])
     return markdown(head, rows)
 
 
-def _paper(dataset: str, cut: str) -> str:
-    figures = PAPER.get(dataset, {}).get(cut, {})
-    return ", ".join(f"{METHODS[m]} {figure}" for m, figure in figures.items()) or "–"
+def _cell(runs: Sequence[Run], beside: Mapping[str, list[Run]], account: int) -> str:
+    """Return mean ± deviation of those that reached the target, INF if none did.
+
+    A run counts against that without compression of its seed, where there is none
+    against their mean. Where that never reaches the target there is nothing to count.
+    """
+    by_seed = {run.seed: _progress(run) for run in beside[NONE]}
+    reached = [rounds for rounds in by_seed.values() if rounds is not None]
+    pairs = [(run, by_seed.get(run.seed, _mean(reached))) for run in runs]
+    against = [(run, rounds) for run, rounds in pairs if rounds is not None]
+    if not against:
+        return "–"
+    saved = [multiplier(run, rounds, account) for run, rounds in against]
+    found = [figure for figure in saved if figure is not None]
+    if not found:
+        return "INF"
+    mean, deviation = spread(found)
+    part = "" if len(found) == len(saved) else f" ({len(found)} of {len(saved)})"
+    return f"{mean:.2f} ± {deviation:.2f}{part}"
 
 
-def _present(places: Places) -> list[str]:
-    there = {method for found in places.values() for method in found}
-    return [method for method in METHODS if method in there]
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
-def _accuracies(places: Places, baselines: Baselines) -> str:
-    """Return best and last accuracy of every cell."""
-    methods = _present(places)
-    head = ["data set, cut", "none", *(METHODS[m] for m in methods)]
+def _accuracies(cells: Cells) -> str:
+    """Return accuracy after the last epoch, and the best one, of every cell."""
+    methods = [NONE, *_present(cells)]
+    shown = [METHODS[method] for method in methods]
+    head = ["task", "cut", *shown, "the paper's none, QU, SP, MS, RT"]
     rows = []
-    for (dataset, cut), found in places.items():
-        columns = [baselines[dataset], *(found.get(method, []) for method in methods)]
-        cells = [_accuracy(runs) for runs in columns]
-        rows.append([f"{dataset}, {cut}", *cells])
+    for (task, cut), found in cells.items():
+        figures = [_accuracy(found.get(method, [])) for method in methods]
+        paper = PAPER_TOP1.get((task.dataset, cut), ())
+        told = ", ".join(f"{top1:.2f}" for top1 in paper) or "–"
+        rows.append([str(task), cut, *figures, told])
     return markdown(head, rows)
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
     if not runs:
         return "–"
-    get: tuple[Callable[[Run], float], ...] = (lambda r: r.last, lambda r: r.best)
-    last, best = (spread([100 * figure(run) for run in runs]) for figure in get)
-    return f"{last[0]:.2f} ± {last[1]:.2f} ({best[0]:.2f})"
+    last, deviation = spread([100 * run.last for run in runs])
+    best = fmean(100 * run.best for run in runs)
+    return f"{last:.2f} ± {deviation:.2f} ({best:.2f})"
 
 
-def _figures(places: Places, baselines: Baselines) -> str:
+def _figures(cells: Cells) -> str:
     """Return a line a run, with what its multipliers come from."""
     kinds = ("sent", "dense")
     names = [f"{kind} bytes a round, {name}" for kind in kinds for name in ACCOUNTS]
-    head = ["dataset", "cut", "method", "seed", "rounds to target", "best", "last"]
-    rows: list[list[Any]] = []
-    for dataset in dict.fromkeys(dataset for dataset, _ in places):
-        rows += [_line(run) for run in baselines[dataset]]
-    for found in places.values():
-        rows += [_line(run) for runs in found.values() for run in runs]
-    return comma_separated([*head, *names], rows)
+    place = ["dataset", "model", "clients", "cut", "method", "seed"]
+    head = [*place, "target", "rounds to target", "best", "last", *names]
+    return comma_separated(head, [_line(run) for run in _runs(cells)])
 
 
 def _line(run: Run) -> list[Any]:
-    reached = "" if run.progress is None else f"{run.progress:g}"
+    task, rounds = run.task, _progress(run)
+    reached = "" if rounds is None else f"{rounds:g}"
     figures = [f"{figure:.0f}" for figure in (*run.sent, *run.dense)]
-    accuracy = f"{run.best:.4f}", f"{run.last:.4f}"
-    return [run.dataset, run.cut, run.method, run.seed, reached, *accuracy, *figures]
+    place = task.dataset, task.model, task.clients, run.cut, run.method, run.seed
+    return [*place, run.target, reached, f"{run.best:.4f}", f"{run.last:.4f}", *figures]
+
+
+def _present(cells: Cells) -> list[str]:
+    """Return the methods that there are, but that without compression."""
+    there = {method for found in cells.values() for method in found}
+    return [method for method in METHODS if method in there and method != NONE]
+
+
+def _runs(cells: Cells) -> list[Run]:
+    """Return every run once."""
+    lists = [runs for found in cells.values() for runs in found.values()]
+    return list({id(run): run for runs in lists for run in runs}.values())

@@ -1,0 +1,74 @@
+"""Hydra launcher: the runs of a sweep as processes of their own.
+
+Hydra looks for plugins in packages of this name alone; the work is in `masksl.sweep`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, configure_log, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class ProcessLauncher(Launcher):
+    """Runs ``jobs`` processes at a time; what was finished before is not repeated.
+
+    Parameters
+    ----------
+    jobs : int
+        Processes at a time.
+    minutes : float | None
+        After so many no run is begun, and those at work are interrupted.
+    skip : Sequence[Sequence[str]]
+        A run that has all overrides of one of these is left out.
+    """
+
+    def __init__(
+        self, jobs: int, minutes: float | None, skip: Sequence[Sequence[str]]
+    ) -> None:
+        self._jobs, self._minutes = jobs, minutes
+        self._skip = [frozenset(overrides) for overrides in skip]
+        self._config = DictConfig({})
+        self._context: HydraContext | None = None
+
+    def setup(
+        self,
+        *,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+    ) -> None:
+        """Take what Hydra knows of the sweep."""
+        del task_function
+        self._config, self._context = config, hydra_context
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run a sweep; exits with status 1 where a run fails."""
+        # Imported here: Hydra imports this module in every run.
+        # pylint: disable-next=import-outside-toplevel
+        from masksl import sweep
+
+        del initial_job_idx
+        setup_globals()
+        configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
+        assert self._context is not None
+        hydra_overrides = list(self._config.hydra.overrides.hydra)
+        folder = Path(self._config.hydra.sweep.dir).absolute()
+        jobs = []
+        for overrides in job_overrides:
+            if any(skipped <= set(overrides) for skipped in self._skip):
+                continue
+            composed = self._context.config_loader.load_sweep_config(
+                self._config, list(overrides)
+            )
+            name = composed.hydra.sweep.subdir
+            ours = [str(key) for key in composed if key != "hydra"]
+            composed = OmegaConf.masked_copy(composed, ours)
+            arguments = [*hydra_overrides, *overrides]
+            jobs.append(sweep.Job(name, composed, arguments, folder / name))
+        sweep.run(jobs, folder, self._jobs, self._minutes)
+        return []

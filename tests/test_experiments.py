@@ -1,0 +1,108 @@
+"""The paper's tasks, a step of each on tiny data, and how their halves may compute."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from masksl import dataset, main, results
+from masksl.dataset import DATASETS, TensorImages
+from tests.conftest import ROOT, settings_of
+from tests.test_dataset import make_imagenet, make_tiny_imagenet
+
+COMPRESSORS = sorted(path.stem for path in (ROOT / "conf/compressor").glob("*.yaml"))
+STEP = (
+    *("rounds=1", "clients=2", "batch_size=2", "dataset.limit=4"),
+    *("dataset.test_limit=4", "checkpoint.every=0", "device=cpu", "client_device=cpu"),
+)
+
+
+@pytest.fixture
+def tiny_cifar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put four random images in place of both CIFARs."""
+
+    def load(_: dataset.DatasetConfig) -> tuple[TensorImages, TensorImages]:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=generator)
+        images = TensorImages(pixels.to(torch.uint8), torch.arange(4))
+        return images, images
+
+    for name in ("cifar10", "cifar100"):
+        spec = replace(DATASETS[name], load=load, samples=None)
+        monkeypatch.setitem(DATASETS, name, spec)
+    yield
+    dataset.load.cache_clear()
+    dataset.partition.cache_clear()
+
+
+def take_a_step(folder: Path, *overrides: str) -> None:
+    main.run(settings_of(*overrides, *STEP), folder)
+    (row,) = results.read_rows(folder)
+    assert row["steps"] == 1
+    assert math.isfinite(row["loss"])
+    assert row["bytes"]["training"]["up"]["activation"] > 0
+    assert row["bytes"]["evaluation"]["up"]["activation"] > 0
+    exact = results.read_summary(folder)["compressor"] == "none"
+    assert (row["relative_error"] == 0) == exact
+
+
+@pytest.mark.parametrize("cut", ["shallow", "medium", "deep"])
+@pytest.mark.parametrize("experiment", ["vgg19_cifar10", "resnet18_cifar100"])
+def test_a_step_of_every_cut_with_every_compressor(
+    experiment: str, cut: str, tiny_cifar: None, tmp_path: Path
+) -> None:
+    for compressor in COMPRESSORS:
+        place = (f"experiment={experiment}", f"cut={cut}", f"compressor={compressor}")
+        take_a_step(tmp_path / compressor, *place)
+
+
+def test_a_step_on_image_folders(tmp_path: Path) -> None:
+    make_imagenet(tmp_path)
+    make_tiny_imagenet(tmp_path)
+    for name in ("resnet34_imagenet", "resnet34_tinyimagenet"):
+        root = f"dataset.root={tmp_path}"
+        take_a_step(tmp_path / name, f"experiment={name}", root)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "public_code"])
+def test_both_protocols(protocol: str, tiny_cifar: None, tmp_path: Path) -> None:
+    settings = settings_of("experiment=vgg19_cifar10", f"protocol={protocol}")
+    expected = {"paper": (10, 26), "public_code": (1, 256)}[protocol]
+    assert (settings["clients"], settings["batch_size"]) == expected
+    assert settings["client_sync"] == "step"
+    place = ("experiment=resnet18_cifar100", f"protocol={protocol}")
+    take_a_step(tmp_path, *place)
+
+
+@pytest.mark.parametrize(
+    "options", ["precision=tf32", "precision=bfloat16", "channels_last=true"]
+)
+def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) -> None:
+    job = ("dataset=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium")
+    job += ("dataset.limit=200", "compressor=none", "client_sync=step")
+    losses, sizes = [], []
+    for number, more in enumerate(((), (f"compute.{options}",))):
+        folder = tmp_path / str(number)
+        main.run(settings_of(*job, *more), folder)
+        losses.append([row["loss"] for row in results.read_rows(folder)])
+        sizes.append(results.read_summary(folder)["bytes"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert sizes[0] == sizes[1]  # frames are float32 whatever the halves compute in
+    if "bfloat16" in options:
+        assert losses[0] != losses[1]
+    if "tf32" in options:  # there is none on the CPU
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_server_half_computes_the_same(tmp_path: Path) -> None:
+    job = ("dataset=toy", "model=resnet8", "rounds=1", "clients=2", "cut=medium")
+    losses = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        main.run(settings_of(*job, f"compute.compile={compiled}"), folder)
+        losses += [row["loss"] for row in results.read_rows(folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

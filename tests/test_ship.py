@@ -1,0 +1,61 @@
+"""Pieces for a machine without network: of the size asked for, and whole again."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SHIP = ROOT / "scripts/ship.py"
+
+
+def ship(*arguments: object, cwd: Path, program: Path = SHIP):
+    return subprocess.run(
+        [sys.executable, str(program), *map(str, arguments)],
+        **{"cwd": cwd, "capture_output": True, "text": True},
+        check=False,
+        timeout=120,
+    )
+
+
+def test_what_is_packed_comes_out_again(tmp_path: Path) -> None:
+    noise = random.Random(0).randbytes(2_500_000)
+    (tmp_path / "data/inner").mkdir(parents=True)
+    (tmp_path / "data/inner/noise").write_bytes(noise)
+    (tmp_path / "notes.txt").write_text("of no account")
+    done = ship("pack", "pieces", "data", "notes.txt", "--limit=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pieces = sorted((tmp_path / "pieces").glob("piece-*"))
+    assert len(pieces) == 3
+    assert all(piece.stat().st_size <= 1_000_000 for piece in pieces)
+    carried = tmp_path / "pieces/ship.py"
+    done = ship("unpack", "pieces", "there", cwd=tmp_path, program=carried)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there/data/inner/noise").read_bytes() == noise
+    assert (tmp_path / "there/notes.txt").read_text() == "of no account"
+
+    done = ship("pack", "pieces", "notes.txt", cwd=tmp_path)
+    assert done.stderr == "ship: pieces: is not empty\n"
+    done = ship("pack", "more", "../notes.txt", cwd=tmp_path)
+    assert "must be a path below the working directory" in done.stderr
+    pieces[1].write_bytes(pieces[1].read_bytes()[:-1])
+    done = ship("unpack", "pieces", "again", cwd=tmp_path)
+    assert done.stderr == "ship: pieces/piece-001: cut short or altered\n"
+    assert done.returncode == 1
+    pieces[1].unlink()
+    done = ship("unpack", "pieces", "again", cwd=tmp_path)
+    assert done.stderr == "ship: pieces/piece-001: is missing\n"
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_code_comes_along(tmp_path: Path) -> None:
+    done = ship("pack", tmp_path / "pieces", "--code", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    done = ship("unpack", tmp_path / "pieces", tmp_path / "there", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("masksl/main.py", "conf/base.yaml", "pyproject.toml"):
+        packed = (tmp_path / "there" / name).read_bytes()
+        shown = ["git", "show", f"HEAD:{name}"]
+        head = subprocess.run(shown, cwd=ROOT, capture_output=True, check=True)
+        assert packed == head.stdout

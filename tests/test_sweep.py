@@ -1,0 +1,172 @@
+"""Sweeps as processes: broken off, continued, and what fails in them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from masksl import results
+from masksl.report.figure3 import figure3
+from masksl.report.table1 import table1
+from tests.conftest import ROOT, processes
+
+SWEEP = (
+    *("--multirun", "experiment=table1_small", "dataset=digits", "model=small_cnn"),
+    *("rounds=6", "dataset.limit=null", "dataset.test_limit=60", "target=0.3"),
+    *("clients=3", "cut=shallow,medium", "compressor=none,ms_context", "seed=1"),
+)
+RUNS = 3  # without compression at the shallow cut alone
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    place = f"hydra.sweep.dir={folder}"
+    return [sys.executable, "-m", "masksl.main", *SWEEP, place, *overrides]
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *overrides),
+        **{"cwd": ROOT, "capture_output": True, "text": True},
+        check=False,
+        timeout=300,
+    )
+
+
+def finished(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"**/{results.SUMMARY}"))
+
+
+def begun(folder: Path) -> int:
+    """Return how many rounds have been done in all."""
+    rows = folder.glob(f"**/{results.METRICS}")
+    return sum(path.read_text().count("\n") for path in rows)
+
+
+def break_off(folder: Path, rounds: int, signal_: signal.Signals) -> None:
+    """Run the sweep until so many rounds are done, and kill its process alone."""
+    with subprocess.Popen(
+        command(folder),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as running:
+        deadline = time.monotonic() + 240
+        while begun(folder) < rounds:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(signal_)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = sweep(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{RUNS} of {RUNS} runs are finished" in done.stdout
+    return folder
+
+
+def test_a_sweep_leaves_out_what_is_to_be_skipped(undisturbed: Path) -> None:
+    names = [path.parent.relative_to(undisturbed) for path in finished(undisturbed)]
+    assert list(map(str, names)) == [
+        f"{place}/seed=1"
+        for place in ("medium/ms_context", "shallow/ms_context", "shallow/none")
+    ]
+
+
+def test_a_sweep_killed_twice_gives_the_same_table(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    break_off(tmp_path, 3, signal.SIGKILL)
+    first = begun(tmp_path)
+    assert len(finished(tmp_path)) < RUNS
+    break_off(tmp_path, first + 5, signal.SIGKILL)
+    assert len(finished(tmp_path)) < RUNS
+    done = sweep(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{RUNS} of {RUNS} runs are finished" in done.stdout
+    assert table1(tmp_path) == table1(undisturbed)
+    assert figure3(tmp_path) == figure3(undisturbed)
+
+
+def test_a_finished_sweep_is_not_repeated(undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished(undisturbed)}
+    done = sweep(undisturbed)
+    assert done.returncode == 0
+    assert f"{RUNS} runs, {RUNS} of them finished before" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in finished(undisturbed)} == before
+
+
+def test_a_sweep_ends_with_its_time_or_an_interrupt(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "rounds=1000", "hydra.launcher.minutes=0.1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"0 of {RUNS} runs are finished" in done.stdout
+    assert not processes(str(tmp_path))
+    break_off(tmp_path / "again", 1, signal.SIGINT)
+    assert not processes(str(tmp_path))
+
+
+def test_what_fails_does_not_hold_up_the_others(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(undisturbed, folder)
+    broken = folder / "medium/ms_context/seed=1"
+    (broken / results.SUMMARY).unlink()
+    (broken / "checkpoint/state.json").write_text("{}")
+    shutil.rmtree(folder / "shallow/ms_context")
+    done = sweep(folder)
+    assert done.returncode == 1
+    assert "1 runs failed: medium/ms_context/seed=1" in done.stderr
+    assert "state.json: cut short or altered" in done.stdout
+    assert len(finished(folder)) == RUNS - 1
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: must be 1 or more"),
+        ("hydra.launcher.minutes=-1", "minutes=-1: must be null or greater than 0"),
+        ("batch_size=26,0", "batch_size=0: must be a whole number from 1 on"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_it_begins(
+    override: str, text: str, tmp_path: Path
+) -> None:
+    done = sweep(tmp_path, override)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("**/output.txt"))
+
+
+def test_runs_begin_in_the_order_of_the_paper(tmp_path: Path) -> None:
+    """Of the list of full runs: one seed first, a task, a cut, then its compressors."""
+    script = (
+        "import runpy, masksl.sweep\n"
+        "masksl.sweep.run = lambda jobs, *_: print(*(job.name for job in jobs))\n"
+        "runpy.run_module('masksl.main', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--multirun", "experiment=table1"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    names = done.stdout.split()
+    assert len(names) == 3 * 2 * (5 + 4 + 4)
+    assert names[:6] == [
+        f"vgg19_cifar10/10_clients/{place}/seed=1"
+        for place in (
+            *("shallow/none", "shallow/ms", "shallow/sp", "shallow/qu", "shallow/rt"),
+            "medium/ms",
+        )
+    ]
+    assert names[13].startswith("resnet18_cifar100/10_clients/shallow/none")
+    assert [name[-1] for name in names] == ["1"] * 26 + ["2"] * 26 + ["3"] * 26
