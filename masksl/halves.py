@@ -405,7 +405,8 @@ class ServerHalf:
         """
         self.module.train()
         sizes = [len(activation) for activation in activations]
-        batch = torch.cat(activations).requires_grad_(True)  # (n, ...)
+        batch = self._config.laid_out(torch.cat(activations))  # (n, ...)
+        batch.requires_grad_(True)
         activations.clear()
         if len(sizes) > heap.CROWD:
             heap.trim()

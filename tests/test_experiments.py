@@ -81,7 +81,7 @@ def test_both_protocols(protocol: str, tiny_cifar: None, tmp_path: Path) -> None
     "options", ["precision=tf32", "precision=bfloat16", "channels_last=true"]
 )
 def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) -> None:
-    job = ("dataset=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium")
+    job = ("dataset.name=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium")
     job += ("dataset.limit=200", "compressor=none", "client_sync=step")
     losses, sizes = [], []
     for number, more in enumerate(((), (f"compute.{options}",))):
@@ -99,7 +99,7 @@ def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_compiled_server_half_computes_the_same(tmp_path: Path) -> None:
-    job = ("dataset=toy", "model=resnet8", "rounds=1", "clients=2", "cut=medium")
+    job = ("dataset.name=toy", "model=resnet8", "rounds=1", "clients=2", "cut=medium")
     losses = []
     for compiled in ("false", "true"):
         folder = tmp_path / compiled

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 from masksl import results
 from masksl.bench import activations
-from masksl.report.__main__ import main
+from masksl.report.__main__ import REPORTS, main
 from masksl.report.cells import ACCOUNTS
 from masksl.report.figure2 import _series, figure2
+from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
 from masksl.report.table1 import progress, table1
+from tests.conftest import ROOT
 from tests.test_main import QUICK, masksl
 
 
@@ -176,6 +179,64 @@ def test_reports_say_what_is_missing(
         with pytest.raises(SystemExit):
             main()
         assert text in capsys.readouterr().err
+
+
+def test_finished_runs_are_copied_beforehand(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = tmp_path / "shown"
+    told = ["report", "table1", str(sweep), "--into", str(into)]
+    monkeypatch.setattr("sys.argv", told)
+    main()
+    assert table1(into) == table1(sweep)
+    assert figure3(into) == figure3(sweep)
+    assert (into / "table1.md").read_text() == table1(sweep)["table1.md"]
+    kept = {path.name for path in into.rglob("*") if path.is_file()}
+    assert kept == {
+        *(results.CONFIG, results.METRICS, results.SUMMARY),
+        *("table1.md", "table1.csv", "accuracy.md", "figure3.png"),
+    }
+    for path in into.rglob(results.CONFIG):  # nothing of this machine
+        assert "dataset.root" not in path.read_text()
+
+
+def test_figure3_has_every_epoch_of_every_method(sweep: Path) -> None:
+    rows = list(csv.DictReader(figure3(sweep)["figure3.csv"].splitlines()))
+    assert (sweep / "figure3.png").stat().st_size > 20_000
+    for method in ("none", "ms", "qu"):
+        mine = [row for row in rows if row["method"] == method]
+        assert {row["seeds"] for row in mine} == {"2"}
+        losses = [row for row in mine if row["figure"] == "loss"]
+        tops = [row for row in mine if row["figure"] == "top-1"]
+        assert [float(row["epoch"]) for row in losses] == [1, 2]
+        assert len(tops) == 4
+        found = [results.read_rows(find(sweep, method, seed)) for seed in (1, 2)]
+        last = [100 * run[-1]["top1"] for run in found]
+        assert float(tops[-1]["mean"]) == pytest.approx(fmean(last), rel=1e-4)
+        assert float(tops[-1]["std"]) == pytest.approx(stdev(last), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("report", "folder"),
+    [
+        *(("table1", "table1_small"), ("figure3", "table1_small")),
+        *(("figure2", "figure2"), ("runs", "cifar10_compressors")),
+    ],
+)
+def test_what_is_committed_comes_out_again(
+    report: str, folder: str, tmp_path: Path
+) -> None:
+    shown = ROOT / "results" / folder
+    shutil.copytree(shown, tmp_path / folder)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, text in REPORTS[report](tmp_path / folder).items():
+        assert text == (shown / name).read_text(encoding="utf-8")
+        if report == "table1" and name.endswith(".md"):
+            assert text in readme
+    for name in (path.name for path in shown.glob("*.png")):
+        assert f"results/{folder}/{name}" in readme
+        size = (shown / name).stat().st_size
+        assert (tmp_path / folder / name).stat().st_size == pytest.approx(size, rel=0.2)
 
 
 def test_a_report_is_written_into_the_folder(

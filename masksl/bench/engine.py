@@ -449,8 +449,13 @@ def show(report: Mapping[str, Any]) -> None:
         | parts,
         [dict.fromkeys(parts, "") | row for row in steps],
     )
-    columns = {"clients": ",", "peak_gib": ".2f", "driver_gib": ".2f"}
-    columns |= {"hosts_gib": ".2f", "client_steps": ",", "client_step_ms": ".2f"}
+    columns = {"channels_last": "", "clients": ",", "peak_gib": ".2f"}
+    columns |= {
+        "driver_gib": ".2f",
+        "hosts_gib": ".2f",
+        "client_steps": ",",
+        "client_step_ms": ".2f",
+    }
     columns |= {"round_seconds": ".1f", "rebuilt_graphs": ","}
     _show(f"memory of all processes, MNIST, {cores}", columns, report["memory"])
 
@@ -489,8 +494,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _relate(report["steps"], "step_ms", "bare loop", ("job",))
     if "memory" in arguments.parts:
         for clients in arguments.clients:
-            _tell(f"memory of {clients} clients")
-            report["memory"].append(memory(clients, where))
+            for channels_last in (False, True):
+                _tell(f"memory of {clients} clients, channels_last={channels_last}")
+                layout = f"compute.channels_last={channels_last}"
+                row = {"channels_last": channels_last}
+                report["memory"].append(row | memory(clients, where, layout))
     return report
 
 
