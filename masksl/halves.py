@@ -103,7 +103,9 @@ class ComputeConfig:
         Of products: ``float32``; ``tf32``, 10 bits of mantissa, on CUDA alone;
         ``bfloat16``, PyTorch's autocast.
     channels_last : bool
-        Whether images lie in memory with their channels last.
+        Whether images lie in memory with their channels last. Those of a step of more
+        than `heap.CROWD` clients do so on the CPU in any case: they are too many for
+        its caches, and it computes a third faster then.
     compile : bool
         Whether the server half is compiled.
     """
@@ -405,10 +407,12 @@ class ServerHalf:
         """
         self.module.train()
         sizes = [len(activation) for activation in activations]
-        batch = self._config.laid_out(torch.cat(activations))  # (n, ...)
-        batch.requires_grad_(True)
+        crowded = len(sizes) > heap.CROWD
+        beyond_caches = crowded and self.device.type == "cpu"
+        config = ComputeConfig(channels_last=True) if beyond_caches else self._config
+        batch = config.laid_out(torch.cat(activations)).requires_grad_(True)  # (n, ...)
         activations.clear()
-        if len(sizes) > heap.CROWD:
+        if crowded:
             heap.trim()
         for group in self._optimizer.param_groups:
             group["lr"] = lr

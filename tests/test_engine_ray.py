@@ -70,6 +70,15 @@ def test_messages_that_go_in_portions_change_nothing(
     assert rows == untimed(train(*SMALL).rows)
 
 
+def test_a_crowd_is_no_different(tmp_path: Path) -> None:
+    job = ("rounds=2", "clients=70", "dataset.limit=280", "dataset.test_limit=70")
+    job += ("batch_size=2",)
+    rows = run(tmp_path, *job, "engine.clients_in_flight=null")
+    local = train(*job)
+    assert rows == untimed(local.rows)
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
 def test_portions_hold_what_they_may() -> None:
     engine.identify(1)  # Flower's messages ask for a task
     half = messages.model_record({"w": torch.zeros(1000)})
