@@ -22,8 +22,8 @@ METHODS = {
 """Names of the methods as they are shown, in this order."""
 
 CUTS = ("shallow", "medium", "deep")
+# What of the traffic counts: the paper's account, and two wider ones.
 ACCOUNTS = ("activations", "with labels", "everything")
-"""What of the traffic counts: the paper's account, and two wider ones."""
 
 
 @dataclass(frozen=True, order=True)
