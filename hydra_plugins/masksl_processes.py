@@ -3,7 +3,7 @@
 Hydra looks for plugins in packages of this name alone; the work is in `masksl.sweep`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, configure_log, setup_globals
@@ -21,15 +21,15 @@ class ProcessLauncher(Launcher):
         Processes at a time.
     minutes : float | None
         After so many no run is begun, and those at work are interrupted.
-    skip : Sequence[Sequence[str]]
-        A run that has all overrides of one of these is left out.
+    once : Mapping[str, str]
+        A key by an override: of runs with the override that differ in the value of this
+        key alone, only the first is run.
     """
 
     def __init__(
-        self, jobs: int, minutes: float | None, skip: Sequence[Sequence[str]]
+        self, jobs: int, minutes: float | None, once: Mapping[str, str]
     ) -> None:
-        self._jobs, self._minutes = jobs, minutes
-        self._skip = [frozenset(overrides) for overrides in skip]
+        self._jobs, self._minutes, self._once = jobs, minutes, dict(once)
         self._config = DictConfig({})
         self._context: HydraContext | None = None
 
@@ -59,11 +59,10 @@ class ProcessLauncher(Launcher):
         hydra_overrides = list(self._config.hydra.overrides.hydra)
         folder = Path(self._config.hydra.sweep.dir).absolute()
         jobs = []
-        for overrides in job_overrides:
-            if any(skipped <= set(overrides) for skipped in self._skip):
-                continue
+        for each in self._chosen(job_overrides):
+            overrides = [*each, "resume=auto"]
             composed = self._context.config_loader.load_sweep_config(
-                self._config, list(overrides)
+                self._config, overrides
             )
             name = composed.hydra.sweep.subdir
             ours = [str(key) for key in composed if key != "hydra"]
@@ -72,3 +71,18 @@ class ProcessLauncher(Launcher):
             jobs.append(sweep.Job(name, composed, arguments, folder / name))
         sweep.run(jobs, folder, self._jobs, self._minutes)
         return []
+
+    def _chosen(self, sweep: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+        """Yield the overrides of the runs, without those that ``once`` leaves out."""
+        seen: set[frozenset[str]] = set()
+        for overrides in sweep:
+            for override, key in self._once.items():
+                if override in overrides:
+                    rest = frozenset(
+                        o for o in overrides if not o.startswith(f"{key}=")
+                    )
+                    if rest in seen:
+                        break
+                    seen.add(rest)
+            else:
+                yield overrides

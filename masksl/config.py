@@ -180,6 +180,7 @@ def check(settings: Mapping[str, Value]) -> None:
     _check_model(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
+    _check_compute(settings)
     _check_optimizer(settings)
     _check_participation(settings)
     _check_engine(settings)
@@ -302,6 +303,12 @@ def _check_model(settings: Mapping[str, Value]) -> None:
         model.resolve_cut(name, settings.get("cut"))  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_compute(settings: Mapping[str, Value]) -> None:
+    """Refuse what PyTorch's compiler cannot do."""
+    if settings["compute.compile"] and settings["compute.precision"] == "tf32":
+        raise ConfigError.of("compute.compile", True, "false with precision tf32")
 
 
 def _check_optimizer(settings: Mapping[str, Value]) -> None:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,9 +156,10 @@ def compute(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     cuda = [device] if device.type == "cuda" else []
-    rounding = "tf32" if config.precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = rounding
-    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
+    kernels: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    roundings = [kernel.fp32_precision for kernel in kernels]
+    for kernel in kernels:
+        kernel.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     try:
         with torch.random.fork_rng(devices=cuda):
             torch.random.default_generator.manual_seed(seed)
@@ -167,6 +169,8 @@ def compute(
             yield
     finally:
         torch.set_num_threads(before)
+        for kernel, rounding in zip(kernels, roundings, strict=True):
+            kernel.fp32_precision = rounding
 
 
 class ClientHalf:

@@ -77,6 +77,7 @@ def collect(folder: Path, into: Path) -> None:
         Holds run folders, at any depth.
     into : Path
         Gets the same folders, without checkpoints, curves, and places on this machine.
+        What it has already stays there. Not the folder itself, nor below it.
     """
     for summary in sorted(folder.glob(f"**/{SUMMARY}")):
         run = into / summary.parent.relative_to(folder)

@@ -3,14 +3,17 @@
 import ctypes
 import fcntl
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -64,7 +67,7 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
         place = [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
-        with open(self.folder / OUTPUT, "wb") as output:
+        with open(self.folder / OUTPUT, "ab") as output:
             return subprocess.Popen(  # pylint: disable=subprocess-popen-preexec-fn
                 [sys.executable, "-m", "masksl.main", *self.overrides, *place],
                 stdin=subprocess.DEVNULL,
@@ -73,7 +76,7 @@ class Job:
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ,
                 pass_fds=[lock],
                 start_new_session=True,  # a Ctrl-C comes through this process alone
-                preexec_fn=_obey_parent,
+                preexec_fn=partial(_obey, os.getpid()),
             )
 
     def last_words(self) -> str:
@@ -116,6 +119,7 @@ class _Sweep:
 
     def interrupt(self) -> None:
         """End what runs; its checkpoints stay."""
+        self.reap()
         for process in self.running:
             process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + PATIENCE
@@ -146,41 +150,51 @@ def run(
     minutes : float | None
         After so many no run is begun, and those at work are interrupted.
     """
+    began = time.monotonic()
     try:
-        _check(at_a_time, minutes)
-        left = [job for job in jobs if not job.is_finished()]
+        _check(jobs, at_a_time, minutes)
+        deadline = math.inf if minutes is None else began + 60 * minutes
+        with _locked(folder) as lock:
+            left = [job for job in jobs if not job.is_finished()]
+            before = len(jobs) - len(left)
+            logger.info("%d runs, %d of them finished before", len(jobs), before)
+            sweep = _Sweep(left, lock)
+            _work(sweep, at_a_time, deadline)
     except main.ERRORS as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
-    before = len(jobs) - len(left)
-    logger.info("%d runs, %d of them finished before", len(jobs), before)
-    if not left:
-        return
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with _locked(folder) as lock:
-        sweep = _Sweep(left, lock)
-        try:
-            while sweep.waiting or sweep.running:
-                if deadline is not None and time.monotonic() > deadline:
-                    sweep.interrupt()
-                    sweep.running.clear()
-                    break
-                sweep.fill(at_a_time)
-                time.sleep(POLL)
-                sweep.reap()
-        except KeyboardInterrupt:
-            sweep.interrupt()
-            print("masksl: interrupted", file=sys.stderr)
-            sys.exit(130)
-    finished = before + sweep.done
-    logger.info("%d of %d runs are finished", finished, len(jobs))
+    except KeyboardInterrupt:
+        print("masksl: interrupted", file=sys.stderr)
+        sys.exit(130)
+    logger.info("%d of %d runs are finished", before + sweep.done, len(jobs))
     if sweep.failed:
         named = ", ".join(job.name for job in sweep.failed)
         print(f"masksl: {len(sweep.failed)} runs failed: {named}", file=sys.stderr)
         sys.exit(1)
 
 
-def _check(at_a_time: int, minutes: float | None) -> None:
+def _work(sweep: _Sweep, at_a_time: int, deadline: float) -> None:
+    """Run what waits until nothing is left, or the deadline has passed."""
+    try:
+        while sweep.waiting or sweep.running:
+            if time.monotonic() > deadline:
+                break
+            sweep.fill(at_a_time)
+            time.sleep(POLL)
+            sweep.reap()
+    finally:
+        sweep.interrupt()
+
+
+def _check(jobs: Sequence[Job], at_a_time: int, minutes: float | None) -> None:
+    """Raise `main.ERRORS` if anything is wrong, in whichever run."""
+    for job in jobs:
+        main.settings_of(job.composed)
+    names = Counter(job.name for job in jobs)
+    for name, number in names.items():
+        if number > 1:
+            allowed = f"a folder a run, {number} of them would share this one"
+            raise ConfigError.of("hydra.sweep.subdir", name, allowed)
     if not isinstance(at_a_time, int) or at_a_time < 1:
         raise ConfigError.of("hydra.launcher.jobs", at_a_time, "1 or more")
     number = isinstance(minutes, (int, float)) and minutes > 0
@@ -206,8 +220,10 @@ def _locked(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _obey_parent() -> None:
+def _obey(parent: int) -> None:
     """Let an interrupt end this process, and on Linux the end of its parent be one."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's "&" has it ignored
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:
+            os._exit(1)

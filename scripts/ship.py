@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 MANIFEST = "manifest.json"
 MEGABYTE = 1_000_000
+ROOT = Path(__file__).resolve().parents[1]
 THERE = ("torch", "torchvision", "triton", "nvidia", "cuda")  # on any GPU machine
 
 
@@ -92,6 +93,8 @@ def pack(
         Python version whose wheels of the locked environment come along, as
         ``wheels/``, without those that a GPU machine has.
     """
+    if limit < 1:
+        raise ShipError("--limit: must be at least 1")
     if folder.exists() and any(folder.iterdir()):
         raise ShipError(f"{folder}: is not empty")
     for path in paths:
@@ -99,52 +102,101 @@ def pack(
             raise ShipError(f"{path}: must be a path below the working directory")
     folder.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(folder, limit)
-    with tarfile.open(fileobj=pieces, mode="w|gz") as archive:
-        if code:
-            _add_code(archive)
-        if wheels is not None:
-            _add_wheels(archive, wheels)
-        for path in paths:
-            archive.add(path)
-    pieces.close_file()
-    hashes = {name: _hash(folder / name) for name in pieces.names}
-    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1) + "\n", "utf-8")
-    shutil.copy(__file__, folder / "ship.py")
+    try:
+        with tarfile.open(fileobj=pieces, mode="w|gz", dereference=True) as archive:
+            if code:
+                _add_code(archive)
+            if wheels is not None:
+                _add_wheels(archive, wheels)
+            for path in paths:
+                archive.add(path)
+        pieces.close_file()
+        hashes = {name: _hash(folder / name) for name in pieces.names}
+        (folder / MANIFEST).write_text(json.dumps(hashes, indent=1) + "\n", "utf-8")
+        shutil.copy(__file__, folder / "ship.py")
+    except BaseException:
+        pieces.close_file()
+        for path in folder.iterdir():  # it was empty before
+            path.unlink()
+        raise
     print(f"{len(hashes)} pieces in {folder}")
 
 
 def _add_code(archive: tarfile.TarFile) -> None:
     """Add the files of the last commit."""
-    command = ["git", "archive", "--format=tar", "HEAD"]
-    packed = subprocess.run(command, check=True, capture_output=True).stdout
+    packed = _run(["git", "archive", "--format=tar", "HEAD"], cwd=ROOT)
     with tarfile.open(fileobj=io.BytesIO(packed)) as commit:
         for member in commit:
             archive.addfile(member, commit.extractfile(member))
 
 
 def _add_wheels(archive: tarfile.TarFile, version: str) -> None:
-    """Download wheels of what is locked, for Linux on x86-64, and add them."""
-    poetry = shutil.which("poetry") or ".poetry/bin/poetry"
+    """Download what is locked as wheels for Linux on x86-64, and add them.
+
+    What its authors offer as source alone is built here; it is Python alone.
+    """
+    poetry = shutil.which("poetry") or str(ROOT / ".poetry/bin/poetry")
     export = [poetry, "export", "--format", "requirements.txt"]
-    locked = subprocess.run(export, check=True, capture_output=True, text=True).stdout
-    wanted, keep = [], False
-    for line in locked.splitlines():
-        if not line.startswith(" "):
-            keep = not line.startswith(THERE)
-        if keep:
-            wanted.append(line)
+    wanted = locked(_run(export, cwd=ROOT).decode(), version)
     with tempfile.TemporaryDirectory() as place:
         listed = Path(place, "requirements.txt")
-        listed.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+        listed.write_text(wanted, encoding="utf-8")
         platforms = [f"manylinux_2_{n}_x86_64" for n in range(39, 4, -1)]
-        platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64"]
-        options = [f"--platform={each}" for each in (*platforms, "manylinux1_x86_64")]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", f"--python-version={version}", *options]
-        command += ["--require-hashes", f"--requirement={listed}", f"--dest={place}"]
-        subprocess.run(command, check=True)
-        for wheel in sorted(Path(place).glob("*.whl")):
-            archive.add(wheel, f"wheels/{wheel.name}")
+        platforms += [f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
+        options = [f"--platform={each}" for each in platforms]
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        download = [*pip, "download", "--no-deps", f"--python-version={version}"]
+        download += [*options, "--require-hashes", f"--requirement={listed}"]
+        _run([*download, f"--dest={place}"], cwd=Path(place))
+        sources = [str(path) for path in Path(place).glob("*.tar.gz")]
+        if sources:
+            wheel = [*pip, "wheel", "--no-deps", f"--wheel-dir={place}", *sources]
+            _run(wheel, cwd=Path(place))
+        for path in sorted(Path(place).glob("*.whl")):
+            archive.add(path, f"wheels/{path.name}")
+
+
+def locked(requirements: str, version: str) -> str:
+    r"""Return exported requirements that a Python of that version on Linux needs.
+
+    Parameters
+    ----------
+    requirements : str
+        Lines ``name==version ; marker \`` and, indented, their hashes.
+    version : str
+        As ``3.12``.
+
+    Returns
+    -------
+    str
+        Without markers, which pip would read for the Python that it runs in, and
+        without what is on any machine with a GPU.
+    """
+    # Imported here: the other machine may lack it, and does not pack.
+    from packaging.markers import Marker  # pylint: disable=import-outside-toplevel
+
+    there = {"python_version": version, "python_full_version": f"{version}.0"}
+    there |= {"sys_platform": "linux", "platform_system": "Linux"}
+    there |= {"platform_machine": "x86_64", "os_name": "posix"}
+    kept, keep = [], False
+    for line in requirements.splitlines():
+        if not line.startswith(" "):
+            pinned, _, marker = line.removesuffix("\\").partition(" ; ")
+            keep = not line.startswith(THERE)
+            keep &= not marker or Marker(marker.strip()).evaluate(there)
+            line = pinned.strip() + (" \\" if line.endswith("\\") else "")
+        if keep:
+            kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def _run(command: list[str], cwd: Path) -> bytes:
+    """Return what a command prints; `ShipError` with its last line where it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [""]
+        raise ShipError(f"{' '.join(command[:4])} ...: {said[-1]}")
+    return done.stdout
 
 
 def unpack(folder: Path, into: Path) -> None:
@@ -157,7 +209,10 @@ def unpack(folder: Path, into: Path) -> None:
     into : Path
         Folder that the files' places are below.
     """
-    hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShipError(f"{folder / MANIFEST}: cut short or altered") from error
     for name, expected in hashes.items():
         path = folder / name
         if not path.exists():
@@ -217,7 +272,7 @@ def main() -> None:
             pack(told.pieces, told.paths, limit, told.code, told.wheels)
         else:
             unpack(told.pieces, told.into)
-    except (ShipError, OSError, subprocess.CalledProcessError) as error:
+    except (ShipError, OSError) as error:
         print(f"ship: {error}", file=sys.stderr)
         sys.exit(1)
 

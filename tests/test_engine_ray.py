@@ -91,9 +91,15 @@ def test_portions_hold_what_they_may() -> None:
     assert engine.PORTION == 16_000_000
     divided = list(engine.portions(sent))
     assert [message for portion in divided for message in portion] == sent
-    assert [len(portion) for portion in divided] == [3, 4, 3]
+    assert [len(portion) for portion in divided] == [3, 3, 3, 1]
     assert half_size < 4_000_000
     assert [len(portion) for portion in engine.portions(sent[:3])] == [3]
+    whole = messages.model_record({"w": torch.zeros(2_500_000)})  # 10 MB
+    sent = [
+        Message(RecordDict({"model": whole, "gradient": frame}), 1, "train.backward")
+        for frame in frames[:3]
+    ]
+    assert [len(portion) for portion in engine.portions(sent)] == [1, 1, 1]
     large = messages.frame_record(bytes(engine.PORTION + 1))
     alone = Message(RecordDict({"gradient": large}), 1, "train.backward")
     assert [len(portion) for portion in engine.portions([alone, alone])] == [2]

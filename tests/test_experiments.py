@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from masksl import dataset, main, results
+from masksl import dataset, halves, main, results
 from masksl.dataset import DATASETS, TensorImages
+from masksl.halves import ComputeConfig
 from tests.conftest import ROOT, settings_of
 from tests.test_dataset import make_imagenet, make_tiny_imagenet
 
@@ -67,13 +68,13 @@ def test_a_step_on_image_folders(tmp_path: Path) -> None:
         take_a_step(tmp_path / name, f"experiment={name}", root)
 
 
-@pytest.mark.parametrize("protocol", ["paper", "public_code"])
-def test_both_protocols(protocol: str, tiny_cifar: None, tmp_path: Path) -> None:
-    settings = settings_of("experiment=vgg19_cifar10", f"protocol={protocol}")
-    expected = {"paper": (10, 26), "public_code": (1, 256)}[protocol]
+@pytest.mark.parametrize("federation", ["paper", "public_code"])
+def test_both_federations(federation: str, tiny_cifar: None, tmp_path: Path) -> None:
+    settings = settings_of("experiment=vgg19_cifar10", f"federation={federation}")
+    expected = {"paper": (10, 26), "public_code": (1, 256)}[federation]
     assert (settings["clients"], settings["batch_size"]) == expected
     assert settings["client_sync"] == "step"
-    place = ("experiment=resnet18_cifar100", f"protocol={protocol}")
+    place = ("experiment=resnet18_cifar100", f"federation={federation}")
     take_a_step(tmp_path, *place)
 
 
@@ -95,6 +96,19 @@ def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) 
         assert losses[0] != losses[1]
     if "tf32" in options:  # there is none on the CPU
         assert losses[0] == losses[1]
+
+
+def test_options_reach_the_kernels() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    plain, last = ComputeConfig(), ComputeConfig(channels_last=True)
+    assert plain.laid_out(images) is images
+    assert last.laid_out(images).is_contiguous(memory_format=torch.channels_last)
+    cpu, kernel = torch.device("cpu"), torch.backends.cuda.matmul
+    before = kernel.fp32_precision
+    for precision, rounding in (("tf32", "tf32"), ("float32", "ieee")):
+        with halves.compute(1, cpu, 0, ComputeConfig(precision=precision)):
+            assert kernel.fp32_precision == rounding
+        assert kernel.fp32_precision == before
 
 
 @pytest.mark.slow

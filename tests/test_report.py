@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from masksl import main as training
 from masksl import results
 from masksl.bench import activations
+from masksl.checkpoint import CheckpointError
+from masksl.dataset import DatasetConfig, load
 from masksl.report.__main__ import REPORTS, main
 from masksl.report.cells import ACCOUNTS
 from masksl.report.figure2 import _series, figure2
 from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
 from masksl.report.table1 import progress, table1
-from tests.conftest import ROOT
+from masksl.report.tables import ReportError
+from tests.conftest import ROOT, settings_of
 from tests.test_main import QUICK, masksl
 
 
@@ -72,6 +76,31 @@ def test_held_out_images_are_not_trained_on() -> None:
     _, images, seen = activations.train(network, "data")
     assert len(images) == activations.HELD_OUT
     assert seen == 1437 - activations.HELD_OUT
+
+
+@pytest.mark.parametrize("sync", ["step", "round"])
+def test_figure2_of_a_run_is_that_of_its_network(sync: str, tmp_path: Path) -> None:
+    settings = settings_of("rounds=2", "clients=2", "compressor=none", "cut=medium")
+    training.run(settings | {"client_sync": sync}, tmp_path)
+    units, _ = activations.trained(tmp_path)
+    whole = torch.nn.Sequential(*units).eval()
+    data = load(DatasetConfig("digits"))
+    images, labels = data.test_batch(torch.arange(len(data.test.labels)))
+    with torch.no_grad():
+        hits = int((whole(images).argmax(1) == labels).sum())
+    summary = results.read_summary(tmp_path)
+    assert hits / len(labels) == pytest.approx(summary["top1"], abs=1e-9)
+    if sync == "step":
+        result = activations.figure2_of_run(tmp_path, "data")
+        assert result["network"]["images"] == 2 * 1437
+        assert len(result["rows"]) == 3 * 6 * 9
+
+
+def test_figure2_needs_one_half(tmp_path: Path) -> None:
+    job = ("rounds=1", "clients=2", "dataset.limit=60", "client_sync=never")
+    training.run(settings_of(*job), tmp_path)
+    with pytest.raises(CheckpointError, match="have a half each, expected one"):
+        activations.figure2_of_run(tmp_path, "data")
 
 
 def test_comparison_is_at_one_error() -> None:
@@ -157,6 +186,74 @@ def find(sweep: Path, compressor: str, seed: int) -> Path:
     return found
 
 
+def synthetic(folder: Path, tops: list[float], **settings: Any) -> None:
+    """Write a finished run with these accuracies, 1,000 dense bytes a round."""
+    given = {"dataset.name": "digits", "model.name": "small_cnn", "clients": 2}
+    given |= {"cut": "shallow", "compressor.name": "none", "seed": 1, "target": 0.5}
+    sent = settings.pop("sent", 1000)
+    run = results.RunFolder(folder)
+    run.write_config(json.dumps(given | settings))
+    for number, top1 in enumerate(tops, 1):
+        run.add_row(
+            {"round": number, "steps": 4, "checks": [], "loss": 1, "top1": top1}
+        )
+    summary = {"bytes": {}, "paper_bytes": sent * len(tops), "top1": tops[-1]}
+    summary |= {"compression_factor": 1000 / sent, "factor_total": 1000 / sent}
+    summary |= {"bytes_total": sent * len(tops)}
+    (folder / results.SUMMARY).write_text(json.dumps(summary))
+
+
+def cell(folder: Path, column: int) -> str:
+    """Return a cell of the first line of Table 1."""
+    return table1(folder)["table1.md"].splitlines()[2].split(" | ")[column].strip(" |")
+
+
+def test_table1_says_how_many_of_the_runs_it_is_about(tmp_path: Path) -> None:
+    synthetic(tmp_path / "none1", [0.4, 0.6, 0.7])
+    synthetic(tmp_path / "none2", [0.4, 0.4, 0.4], seed=2)  # never reaches the target
+    of = {"compressor.name": "qu", "sent": 100}
+    synthetic(tmp_path / "qu1", [0.3, 0.4, 0.5], **of)
+    assert cell(tmp_path, 3) == "6.67"  # 10 times the bytes, 2 rounds over 3
+    synthetic(tmp_path / "qu2", [0.5, 0.5, 0.5], seed=2, **of)
+    assert cell(tmp_path, 3) == "6.67 (1 of 2)"
+    synthetic(tmp_path / "qu3", [0.5, 0.5, 0.5], seed=3, **of)  # against the mean, 2
+    assert (
+        cell(tmp_path, 3)
+        == f"{(20 / 3 + 20) / 2:.2f} ± {stdev([20 / 3, 20]):.2f} (2 of 3)"
+    )
+    synthetic(tmp_path / "sp", [0.1, 0.1], **{"compressor.name": "sp"})
+    synthetic(tmp_path / "mine", [0.5], **{"compressor.name": "mine", "sent": 500})
+    header = table1(tmp_path)["table1.md"].splitlines()[0]
+    assert "| cut | QU | SP | MINE |" in header
+    assert (cell(tmp_path, 4), cell(tmp_path, 5)) == ("INF", "4.00")
+
+
+def test_runs_that_are_not_alike_are_not_averaged(tmp_path: Path) -> None:
+    synthetic(tmp_path / "none", [0.6])
+    synthetic(tmp_path / "a", [0.6], **{"compressor.name": "qu", "compressor.bits": 3})
+    other = {"compressor.name": "qu", "compressor.bits": 4, "seed": 2}
+    synthetic(tmp_path / "b", [0.6], **other)
+    with pytest.raises(ReportError, match="qu differ in compressor.bits: 3, 4"):
+        table1(tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    synthetic(tmp_path / "c", [0.6], **{"compressor.name": "qu", "compressor.bits": 3})
+    with pytest.raises(ReportError, match="seed=1: 2 runs of small_cnn, digits"):
+        table1(tmp_path)
+    shutil.rmtree(tmp_path / "none")
+    with pytest.raises(ReportError, match="without compression below"):
+        table1(tmp_path)
+
+
+def test_a_cut_takes_its_own_baseline_where_it_has_one(tmp_path: Path) -> None:
+    synthetic(tmp_path / "shallow", [0.6])
+    synthetic(tmp_path / "deep", [0.4, 0.6], cut="deep")
+    of = {"compressor.name": "qu", "sent": 100}
+    for cut in ("shallow", "medium", "deep"):
+        synthetic(tmp_path / f"qu_{cut}", [0.6], cut=cut, **of)
+    lines = table1(tmp_path)["table1.md"].splitlines()[2:5]
+    assert [line.split(" | ")[3] for line in lines] == ["10.00", "10.00", "20.00"]
+
+
 def test_progress_is_that_of_the_first_evaluation_at_the_target() -> None:
     rows = [
         {"round": 1, "steps": 8, "top1": 0.4, "checks": [{"step": 2, "top1": 0.5}]},
@@ -174,8 +271,10 @@ def test_reports_say_what_is_missing(
         ("figure2", tmp_path, "no measurements of python -m masksl.bench in"),
         ("runs", tmp_path / "none", "none': not a folder"),
         ("table1", tmp_path, f"no summary.json below {tmp_path}"),
+        ("table1", tmp_path, f"--into {tmp_path}/in: must be a folder outside of"),
     ):
-        monkeypatch.setattr("sys.argv", ["report", name, str(folder)])
+        into = ["--into", f"{tmp_path}/in"] if "--into" in text else []
+        monkeypatch.setattr("sys.argv", ["report", name, str(folder), *into])
         with pytest.raises(SystemExit):
             main()
         assert text in capsys.readouterr().err
@@ -208,7 +307,7 @@ def test_figure3_has_every_epoch_of_every_method(sweep: Path) -> None:
         assert {row["seeds"] for row in mine} == {"2"}
         losses = [row for row in mine if row["figure"] == "loss"]
         tops = [row for row in mine if row["figure"] == "top-1"]
-        assert [float(row["epoch"]) for row in losses] == [1, 2]
+        assert [float(row["round"]) for row in losses] == [1, 2]
         assert len(tops) == 4
         found = [results.read_rows(find(sweep, method, seed)) for seed in (1, 2)]
         last = [100 * run[-1]["top1"] for run in found]

@@ -1,5 +1,6 @@
 """Pieces for a machine without network: of the size asked for, and whole again."""
 
+import importlib.util
 import random
 import subprocess
 import sys
@@ -47,6 +48,24 @@ def test_what_is_packed_comes_out_again(tmp_path: Path) -> None:
     done = ship("unpack", "pieces", "again", cwd=tmp_path)
     assert done.stderr == "ship: pieces/piece-001: is missing\n"
     assert not (tmp_path / "again").exists()
+
+
+def test_what_a_python_needs_is_picked_from_the_lock() -> None:
+    spec = importlib.util.spec_from_file_location("ship", SHIP)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (
+        'numpy==2.4.6 ; python_version == "3.11" \\\n    --hash=sha256:a\n'
+        'numpy==2.5.5 ; python_version >= "3.12" \\\n    --hash=sha256:b\n'
+        'colorama==0.4.6 ; sys_platform == "win32" \\\n    --hash=sha256:c\n'
+        "torch==2.11.0 \\\n    --hash=sha256:d\n"
+        "flwr==1.41.0 \\\n    --hash=sha256:e\n"
+    )
+    assert module.locked(text, "3.12") == (
+        "numpy==2.5.5 \\\n    --hash=sha256:b\nflwr==1.41.0 \\\n    --hash=sha256:e\n"
+    )
+    assert module.locked(text, "3.11").startswith("numpy==2.4.6 ")
 
 
 def test_the_code_comes_along(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from masksl import results
 from masksl.report.figure3 import figure3
 from masksl.report.table1 import table1
+from masksl.sweep import Job, run
 from tests.conftest import ROOT, processes
 
 SWEEP = (
@@ -61,6 +64,8 @@ def break_off(folder: Path, rounds: int, signal_: signal.Signals) -> None:
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         running.send_signal(signal_)
+        if signal_ == signal.SIGINT:
+            assert running.wait(30) == 130
 
 
 @pytest.fixture(scope="module")
@@ -128,25 +133,46 @@ def test_what_fails_does_not_hold_up_the_others(
     assert len(finished(folder)) == RUNS - 1
 
 
-@pytest.mark.parametrize(
-    ("override", "text"),
-    [
-        ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: must be 1 or more"),
-        ("hydra.launcher.minutes=-1", "minutes=-1: must be null or greater than 0"),
-        ("batch_size=26,0", "batch_size=0: must be a whole number from 1 on"),
-    ],
-)
-def test_a_wrong_sweep_is_refused_before_it_begins(
-    override: str, text: str, tmp_path: Path
-) -> None:
-    done = sweep(tmp_path, override)
+def test_a_wrong_sweep_is_refused_before_it_begins(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "batch_size=26,0")
     assert done.returncode == 1
-    assert text in done.stderr
+    assert "batch_size=0: must be a whole number from 1 on" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("**/output.txt"))
 
 
-def test_runs_begin_in_the_order_of_the_paper(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "at_a_time", "minutes", "text"),
+    [
+        (("a", "b"), 0, None, "hydra.launcher.jobs=0: must be 1 or more"),
+        (("a", "b"), 1, -1, "hydra.launcher.minutes=-1: must be null or greater"),
+        (("a", "b"), 1, "x", "hydra.launcher.minutes='x': must be null or greater"),
+        (("a", "a"), 1, None, "'a': must be a folder a run, 2 of them would share"),
+    ],
+)
+def test_a_wrong_launcher_is_refused(
+    names: tuple[str, str],
+    at_a_time: int,
+    minutes: Any,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        composed = compose("base", overrides=["engine=local"])
+    jobs = [Job(name, composed, [], tmp_path / name) for name in names]
+    with pytest.raises(SystemExit) as ended:
+        run(jobs, tmp_path, at_a_time, minutes)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line
+    assert not list(tmp_path.iterdir())
+
+
+FEW = ("seed=1,2", "cut=medium,deep", "compressor=none,ms")
+
+
+def test_runs_begin_in_the_order_of_the_paper() -> None:
     """Of the list of full runs: one seed first, a task, a cut, then its compressors."""
     script = (
         "import runpy, masksl.sweep\n"
@@ -154,19 +180,15 @@ def test_runs_begin_in_the_order_of_the_paper(tmp_path: Path) -> None:
         "runpy.run_module('masksl.main', run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, "--multirun", "experiment=table1"],
+        [sys.executable, "-c", script, "--multirun", "experiment=table1", *FEW],
         **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
     )
-    names = done.stdout.split()
-    assert len(names) == 3 * 2 * (5 + 4 + 4)
-    assert names[:6] == [
-        f"vgg19_cifar10/10_clients/{place}/seed=1"
-        for place in (
-            *("shallow/none", "shallow/ms", "shallow/sp", "shallow/qu", "shallow/rt"),
-            "medium/ms",
-        )
+    begun_by = [
+        f"{task}/10_clients/{place}/seed={seed}"
+        for seed in (1, 2)
+        for task in ("vgg19_cifar10", "resnet18_cifar100")
+        for place in ("medium/none", "medium/ms", "deep/ms")
     ]
-    assert names[13].startswith("resnet18_cifar100/10_clients/shallow/none")
-    assert [name[-1] for name in names] == ["1"] * 26 + ["2"] * 26 + ["3"] * 26
+    assert done.stdout.split() == begun_by

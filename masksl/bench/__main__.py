@@ -13,7 +13,7 @@ import torch
 
 from masksl.bench import activations, compress
 from masksl.checkpoint import CheckpointError
-from masksl.dataset import DATASETS
+from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         command.add_argument("--root", default="data", help="folder of the data sets")
     try:
         run(parser.parse_args())
-    except CheckpointError as error:
+    except (CheckpointError, DatasetError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -16,8 +16,9 @@ from rich.table import Table
 from torch import nn
 
 from masksl import checkpoint, model, seeds
+from masksl.checkpoint import CheckpointError
 from masksl.compress import decode, make
-from masksl.dataset import DatasetConfig, load
+from masksl.dataset import DATASETS, DatasetConfig, load
 
 HELD_OUT = 256  # images, the first ones
 BATCH = 100
@@ -27,14 +28,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Network:
-    """A network and its training: one epoch at seed 0.
+    """A network and its training: one epoch at seed 0, or that of a run.
 
     Parameters
     ----------
     model, dataset : str
         Names of the network and of the data set.
     images : int | None
-        How many training images it sees, all but those held out where it is None.
+        How many training images it sees, every time anew in a run; all but those held
+        out where it is None.
     lr : float
         Learning rate of SGD with momentum 0.9 and weight decay 5e-4.
     """
@@ -245,32 +247,48 @@ def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
     Parameters
     ----------
     folder : Path
-        Run folder with a checkpoint, of any round; of a run whose clients share their
-        half.
+        See `trained`.
     root : str
         Folder of the data sets.
 
     Raises
     ------
     CheckpointError
-        If it has no checkpoint that can be read.
+        See `trained`.
+    """
+    units, facts = trained(folder)
+    run = facts["settings"]
+    name, dataset = run["model.name"], run["dataset.name"]
+    images, _ = load(DatasetConfig(dataset, root)).test_batch(torch.arange(HELD_OUT))
+    seen = sum(row["samples"] for row in facts["rows"])
+    network = Network(name, dataset, seen, run["optimizer.lr"])
+    return {"network": asdict(network), "rows": figure2(units, name, images)}
+
+
+def trained(folder: Path) -> tuple[model.Units, dict[str, Any]]:
+    """Return the network of a run as its checkpoint has it, and the checkpoint's facts.
+
+    Parameters
+    ----------
+    folder : Path
+        Run folder with a checkpoint, of any round.
+
+    Raises
+    ------
+    CheckpointError
+        If it has no checkpoint that can be read, or its clients do not share a half.
     """
     tensors, facts = checkpoint.read(folder)
     run = facts["settings"]
-    name, dataset = run["model.name"], run["dataset.name"]
-    data = load(DatasetConfig(dataset, root))
-    units = model.build(name, data.spec.classes, data.spec.channels, seed=0)
-    for group, half in zip(
-        ("shared/", "server/"),
-        model.split(units, model.resolve_cut(name, run["cut"])),
-        strict=True,
-    ):
-        named = {k.removeprefix(group): t for k, t in tensors.items()}
-        half.load_state_dict({key: named[key] for key in half.state_dict()})
-    seen = sum(row["samples"] for row in facts["rows"])
-    network = Network(name, dataset, seen, run["optimizer.lr"])
-    images, _ = data.test_batch(torch.arange(HELD_OUT))
-    return {"network": asdict(network), "rows": figure2(units, name, images)}
+    if run["client_sync"] == "never":
+        raise CheckpointError(f"{folder}: its clients have a half each, expected one")
+    spec, name = DATASETS[run["dataset.name"]], run["model.name"]
+    units = model.build(name, spec.classes, spec.channels, seed=0)
+    halves = model.split(units, model.resolve_cut(name, run["cut"]))
+    for group, half in zip(("shared", "server"), halves, strict=True):
+        names = half.state_dict()
+        half.load_state_dict({key: tensors[f"{group}/{key}"] for key in names})
+    return units, facts
 
 
 def show_figure2(result: dict[str, Any]) -> None:

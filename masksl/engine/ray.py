@@ -111,17 +111,17 @@ def portions(messages: Sequence[Message]) -> Iterator[list[Message]]:
     that memory back. A record that several messages share weighs once.
     """
     portion: list[Message] = []
-    seen: set[int] = set()
+    inside: set[int] = set()  # records of the portion
     weight = 0
     for message in messages:
         records = message.content.array_records.values()
-        new = {id(record): record for record in records if id(record) not in seen}
-        seen |= new.keys()
-        more = sum(len(a.data) for record in new.values() for a in record.values())
+        weights = {id(r): sum(len(a.data) for a in r.values()) for r in records}
+        more = sum(w for record, w in weights.items() if record not in inside)
         if portion and more and weight + more > PORTION:
             yield portion
-            portion, weight = [], 0
+            portion, inside, weight, more = [], set(), 0, sum(weights.values())
         portion.append(message)
+        inside |= weights.keys()
         weight += more
     if portion:
         yield portion

@@ -34,6 +34,12 @@ def main() -> None:
         folder = arguments.folder
         if arguments.into is not None:
             folder = arguments.into
+            if arguments.folder.resolve() in (
+                folder.resolve(),
+                *folder.resolve().parents,
+            ):
+                allowed = f"outside of {arguments.folder}"
+                raise ReportError(f"--into {folder}: must be a folder {allowed}")
             collect(arguments.folder, folder)
         texts = REPORTS[arguments.report](folder)
     except ReportError as error:

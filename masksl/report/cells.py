@@ -1,6 +1,6 @@
 """The finished runs of a folder by task, cut and method, for tables and figures."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,10 @@ from masksl import results
 from masksl.report.tables import ReportError
 
 NONE = "none"
-METHODS = {
-    NONE: "none",
-    "qu": "QU",
-    "sp": "SP",
-    "ms": "MS",
-    "rt": "RT",
-    "ms+lossless": "MS, lossless",
-    "ec": "EC",
-}
-"""Names of the methods as they are shown, in this order."""
-
+ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # others come after these
 CUTS = ("shallow", "medium", "deep")
+# Keys in which runs may differ that are averaged.
+_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume")
 # What of the traffic counts: the paper's account, and two wider ones.
 ACCOUNTS = ("activations", "with labels", "everything")
 
@@ -57,14 +49,16 @@ class Run:
     task : Task
         What it was about.
     cut, method : str
-        Of its configuration; the method is the compressor's name, ``ms+lossless`` with
-        a lossless stage.
+        Of its configuration; the method is the compressor's name, and after a plus its
+        lossless stage.
     seed : int
         Its seed.
     target : float | None
         Top-1 accuracy, a fraction, up to which its traffic counts.
     rows : Sequence[Mapping[str, Any]]
         Metrics of its rounds.
+    settings : Mapping[str, Any]
+        Of its configuration what the runs of a method have in common.
     sent : tuple[float, ...]
         Bytes a round by `ACCOUNTS`.
     dense : tuple[float, ...]
@@ -77,6 +71,7 @@ class Run:
     seed: int
     target: float | None
     rows: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
     sent: tuple[float, ...]
     dense: tuple[float, ...]
 
@@ -104,7 +99,7 @@ def read_cells(folder: Path) -> Cells:
     """Return the finished runs below a folder.
 
     Without compression the cut changes little, and such runs are at hand at one cut as
-    a rule: they stand under every cut of their task.
+    a rule: those of the first cut stand under every cut that has none of its own.
 
     Parameters
     ----------
@@ -114,37 +109,70 @@ def read_cells(folder: Path) -> Cells:
     Raises
     ------
     ReportError
-        If there are no runs, or none without compression.
+        If there are no runs, none without compression, or runs of one method that
+        differ in more than their seed.
     """
     paths = sorted(folder.glob(f"**/{results.SUMMARY}"))
     runs = [read_run(path.parent) for path in paths]
     if not runs:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
-    baselines: dict[Task, list[Run]] = defaultdict(list)
-    places: dict[tuple[Task, str], list[Run]] = defaultdict(list)
-    for run in runs:
+    baselines: dict[Task, dict[str, list[Run]]] = defaultdict(dict)
+    places: dict[tuple[Task, str], dict[str, list[Run]]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: (_rank(CUTS, run.cut), run.seed)):
         if run.method == NONE:
-            baselines[run.task].append(run)
+            baselines[run.task].setdefault(run.cut, []).append(run)
         else:
-            places[run.task, run.cut].append(run)
-    for task, _ in places:
+            places[run.task, run.cut].setdefault(run.method, []).append(run)
+    cells: Cells = {}
+    for task, cut in sorted(
+        places, key=lambda place: (place[0], _rank(CUTS, place[1]))
+    ):
         if task not in baselines:
             raise ReportError(f"no run of {task} without compression below {folder}")
-    cells: Cells = {}
-    for task, cut in sorted(places, key=lambda place: (place[0], _rank(place[1]))):
-        by_method = cells[task, cut] = {NONE: baselines[task]}
-        for method in METHODS:
-            if found := [run for run in places[task, cut] if run.method == method]:
-                by_method[method] = found
+        first = next(iter(baselines[task].values()))
+        found = {NONE: baselines[task].get(cut, first)} | places[task, cut]
+        methods = sorted(found, key=lambda method: _rank(ORDER, method))
+        cells[task, cut] = {method: _alike(found[method]) for method in methods}
     return cells
+
+
+def shown(method: str) -> str:
+    """Return how a method is called in tables.
+
+    >>> shown("ms+context")
+    'MS, context'
+    """
+    name, _, stage = method.partition("+")
+    name = name if name == NONE else name.upper()
+    return f"{name}, {stage}" if stage else name
+
+
+def methods_of(cells: Cells) -> list[str]:
+    """Return all methods that there are, in their order."""
+    there = {method for found in cells.values() for method in found}
+    return sorted(there, key=lambda method: _rank(ORDER, method))
+
+
+def _alike(runs: list[Run]) -> list[Run]:
+    """Return runs that differ in their seeds alone; `ReportError` if they do not."""
+    first, seeds = runs[0], Counter(run.seed for run in runs)
+    where = f"runs of {first.task}, {first.cut}, {first.method}"
+    for seed, number in seeds.items():
+        if number > 1:
+            raise ReportError(f"seed={seed}: {number} {where} have it")
+    for run in runs:
+        for key in sorted(first.settings.keys() | run.settings.keys()):
+            values = first.settings.get(key), run.settings.get(key)
+            if values[0] != values[1]:
+                raise ReportError(f"{where} differ in {key}: {values[0]}, {values[1]}")
+    return runs
 
 
 def read_run(folder: Path) -> Run:
     """Return a finished run by its folder."""
     settings = results.read_config(folder)
     summary, rows = results.read_summary(folder), results.read_rows(folder)
-    staged = settings.get("compressor.lossless", "none") != "none"
-    name = settings["compressor.name"]
+    name, stage = settings["compressor.name"], settings.get("compressor.lossless", NONE)
     labels = _labels(summary["bytes"])
     activations = float(summary["paper_bytes"])
     everything = float(summary["bytes_total"])
@@ -157,10 +185,11 @@ def read_run(folder: Path) -> Run:
             settings["dataset.name"], settings["model.name"], settings["clients"]
         ),
         cut=str(settings["cut"]),
-        method=f"{name}+lossless" if staged else name,
+        method=name if stage == NONE else f"{name}+{stage}",
         seed=settings["seed"],
-        target=target if isinstance(target, float) else None,
+        target=None if isinstance(target, str) else target,
         rows=rows,
+        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
         sent=tuple(figure / len(rows) for figure in sent),
         dense=tuple(figure / len(rows) for figure in whole),
     )
@@ -180,5 +209,5 @@ def _labels(nested: Mapping[str, Any]) -> int:
     return sum(phase.get("up", {}).get("label", 0) for phase in nested.values())
 
 
-def _rank(cut: str) -> tuple[int, str]:
-    return (CUTS.index(cut) if cut in CUTS else len(CUTS), cut)
+def _rank(order: Sequence[str], name: str) -> tuple[int, str]:
+    return (order.index(name) if name in order else len(order), name)

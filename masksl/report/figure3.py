@@ -1,4 +1,4 @@
-"""Figure 3: training loss and accuracy by epoch, of every method at every cut."""
+"""Figure 3: training loss and accuracy by round, of every method at every cut."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from masksl.report.cells import METHODS, Cells, Run, read_cells
+from masksl.report.cells import Cells, Run, methods_of, read_cells, shown
 from masksl.report.tables import comma_separated, spread
 
-Point = tuple[float, float, float]  # epoch, mean over seeds, standard deviation
+Point = tuple[float, float, float]  # rounds, mean over seeds, standard deviation
 
 
 def figure3(folder: Path) -> dict[str, str]:
@@ -24,7 +25,7 @@ def figure3(folder: Path) -> dict[str, str]:
     Returns
     -------
     dict[str, str]
-        Text by file name. A line is an epoch, or a part of one that was evaluated.
+        Text by file name. A line is a round, or a part of one that was evaluated.
 
     Raises
     ------
@@ -42,7 +43,7 @@ def figure3(folder: Path) -> dict[str, str]:
                     figures = [f"{figure:.6g}" for figure in point]
                     lines.append([*where, kind, *figures])
     draw_figure3(cells, folder / "figure3.png")
-    head = [*place, "figure", "epoch", "mean", "std"]
+    head = [*place, "figure", "round", "mean", "std"]
     return {"figure3.csv": comma_separated(head, lines)}
 
 
@@ -58,6 +59,7 @@ def draw_figure3(cells: Cells, path: Path) -> None:
     """
     tasks = list(dict.fromkeys(task for task, _ in cells))
     cuts = list(dict.fromkeys(cut for _, cut in cells))
+    colors = {method: f"C{i}" for i, method in enumerate(methods_of(cells))}
     figure = Figure(
         figsize=(0.8 + 3.4 * len(cuts), 0.8 + 5.2 * len(tasks)), layout="constrained"
     )
@@ -66,28 +68,30 @@ def draw_figure3(cells: Cells, path: Path) -> None:
         row, column = 2 * tasks.index(task), cuts.index(cut)
         above, below = grid[row][column], grid[row + 1][column]
         for method, runs in found.items():
-            _draw(above, _losses(runs), METHODS[method])
-            _draw(below, _accuracies(runs), METHODS[method])
-        above.set(title=f"{task.model}, {task.dataset}, {cut}", yscale="log")
-        below.set(xlabel="epoch")
+            _draw(above, _losses(runs), colors[method])
+            _draw(below, _accuracies(runs), colors[method])
+        above.set(title=f"{task}\n{cut}", yscale="log")
+        below.set(xlabel="round")
     for row, kind in enumerate(("training loss", "top-1, %") * len(tasks)):
         grid[row][0].set_ylabel(kind)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
+    handles = [
+        Line2D([], [], color=color, label=shown(method))
+        for method, color in colors.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=110)
 
 
-def _draw(axes: Axes, points: Sequence[Point], label: str) -> None:
+def _draw(axes: Axes, points: Sequence[Point], color: str) -> None:
     """Draw the mean over seeds, and a band of a standard deviation around it."""
-    color = f"C{list(METHODS.values()).index(label)}"
-    epochs = [epoch for epoch, _, _ in points]
+    rounds = [at for at, _, _ in points]
     means = [mean for _, mean, _ in points]
-    axes.plot(epochs, means, label=label, color=color, linewidth=1.2)
+    axes.plot(rounds, means, color=color, linewidth=1.2)
     low = [mean - deviation for _, mean, deviation in points]
     high = [mean + deviation for _, mean, deviation in points]
-    axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _losses(runs: Sequence[Run]) -> list[Point]:
@@ -100,10 +104,10 @@ def _accuracies(runs: Sequence[Run]) -> list[Point]:
 
 
 def _over_seeds(curves: Sequence[Sequence[tuple[float, float]]]) -> list[Point]:
-    """Return mean and deviation where all curves have a value, by epoch."""
-    by_epoch: dict[float, list[float]] = {}
+    """Return mean and deviation where all curves have a value, by round."""
+    by_round: dict[float, list[float]] = {}
     for curve in curves:
-        for epoch, value in curve:
-            by_epoch.setdefault(epoch, []).append(value)
-    whole = {e: v for e, v in sorted(by_epoch.items()) if len(v) == len(curves)}
-    return [(epoch, *spread(values)) for epoch, values in whole.items()]
+        for at, value in curve:
+            by_round.setdefault(at, []).append(value)
+    whole = {at: v for at, v in sorted(by_round.items()) if len(v) == len(curves)}
+    return [(at, *spread(values)) for at, values in whole.items()]

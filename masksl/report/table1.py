@@ -13,17 +13,18 @@ from typing import Any
 
 from masksl.report.cells import (
     ACCOUNTS,
-    METHODS,
     NONE,
     Cells,
     Run,
     evaluations,
+    methods_of,
     read_cells,
+    shown,
 )
-from masksl.report.tables import ReportError, comma_separated, markdown, spread
+from masksl.report.tables import ReportError, comma_separated, markdown, with_spread
 
-COMPARED = ("qu", "sp", "ms", "rt")
-PAPER = {  # data set, cut: multipliers of those compared
+NOT_RUN = "–"
+PAPER = {  # data set, cut: multipliers of QU, SP, MS, RT
     ("cifar10", "shallow"): ("INF", "INF", "13.11", "INF"),
     ("cifar10", "medium"): ("9.92", "13.56", "13.56", "13.71"),
     ("cifar10", "deep"): ("10.37", "13.56", "13.63", "13.71"),
@@ -34,7 +35,7 @@ PAPER = {  # data set, cut: multipliers of those compared
     ("imagenet", "medium"): ("INF", "INF", "13.20", "INF"),
     ("imagenet", "deep"): ("INF", "INF", "12.32", "INF"),
 }
-PAPER_TOP1 = {  # data set, cut: top-1 after the last epoch, %, without and of those
+PAPER_TOP1 = {  # likewise top-1 after the last epoch, %, of none, QU, SP, MS, RT
     ("cifar10", "shallow"): (93.90, 88.69, 91.32, 93.51, 90.76),
     ("cifar10", "medium"): (93.90, 93.39, 93.67, 93.78, 93.37),
     ("cifar10", "deep"): (93.90, 93.65, 93.60, 93.70, 93.55),
@@ -106,14 +107,14 @@ def _progress(run: Run) -> float | None:
 
 def _multipliers(cells: Cells) -> str:
     """Return the table in the paper's shape, an account after the other."""
-    methods = _present(cells)
-    shown = [METHODS[method] for method in methods]
-    head = ["traffic", "task", "cut", *shown, "the paper's QU, SP, MS, RT"]
+    methods = [method for method in methods_of(cells) if method != NONE]
+    names = [shown(method) for method in methods]
+    head = ["traffic", "task", "cut", *names, "the paper's QU, SP, MS, RT"]
     rows = []
     for account, name in enumerate(ACCOUNTS):
         for (task, cut), found in cells.items():
             saved = [_cell(found.get(method, []), found, account) for method in methods]
-            paper = ", ".join(PAPER.get((task.dataset, cut), ())) or "–"
+            paper = ", ".join(PAPER.get((task.dataset, cut), ())) or NOT_RUN
             rows.append([name, str(task), cut, *saved, paper])
     return markdown(head, rows)
 
@@ -124,19 +125,26 @@ def _cell(runs: Sequence[Run], beside: Mapping[str, list[Run]], account: int) ->
     A run counts against that without compression of its seed, where there is none
     against their mean. Where that never reaches the target there is nothing to count.
     """
-    by_seed = {run.seed: _progress(run) for run in beside[NONE]}
-    reached = [rounds for rounds in by_seed.values() if rounds is not None]
-    pairs = [(run, by_seed.get(run.seed, _mean(reached))) for run in runs]
+    if not runs:
+        return NOT_RUN
+    target = runs[0].target
+    assert target is not None
+    by_seed = {run.seed: progress(run.rows, target) for run in beside[NONE]}
+    mean = _mean([rounds for rounds in by_seed.values() if rounds is not None])
+    pairs = [(run, by_seed.get(run.seed, mean)) for run in runs]
     against = [(run, rounds) for run, rounds in pairs if rounds is not None]
     if not against:
-        return "–"
+        return "none without"
     saved = [multiplier(run, rounds, account) for run, rounds in against]
     found = [figure for figure in saved if figure is not None]
     if not found:
         return "INF"
-    mean, deviation = spread(found)
-    part = "" if len(found) == len(saved) else f" ({len(found)} of {len(saved)})"
-    return f"{mean:.2f} ± {deviation:.2f}{part}"
+    return with_spread(found, ".2f") + _part(len(found), len(runs))
+
+
+def _part(found: int, of: int) -> str:
+    """Return how many of the runs a figure is about, where these are not all."""
+    return "" if found == of else f" ({found} of {of})"
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -145,24 +153,23 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _accuracies(cells: Cells) -> str:
     """Return accuracy after the last epoch, and the best one, of every cell."""
-    methods = [NONE, *_present(cells)]
-    shown = [METHODS[method] for method in methods]
-    head = ["task", "cut", *shown, "the paper's none, QU, SP, MS, RT"]
+    methods = methods_of(cells)
+    names = [shown(method) for method in methods]
+    head = ["task", "cut", *names, "the paper's none, QU, SP, MS, RT"]
     rows = []
     for (task, cut), found in cells.items():
         figures = [_accuracy(found.get(method, [])) for method in methods]
         paper = PAPER_TOP1.get((task.dataset, cut), ())
-        told = ", ".join(f"{top1:.2f}" for top1 in paper) or "–"
+        told = ", ".join(f"{top1:.2f}" for top1 in paper) or NOT_RUN
         rows.append([str(task), cut, *figures, told])
     return markdown(head, rows)
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
     if not runs:
-        return "–"
-    last, deviation = spread([100 * run.last for run in runs])
-    best = fmean(100 * run.best for run in runs)
-    return f"{last:.2f} ± {deviation:.2f} ({best:.2f})"
+        return NOT_RUN
+    last = with_spread([100 * run.last for run in runs], ".2f")
+    return f"{last} ({fmean(100 * run.best for run in runs):.2f})"
 
 
 def _figures(cells: Cells) -> str:
@@ -180,12 +187,6 @@ def _line(run: Run) -> list[Any]:
     figures = [f"{figure:.0f}" for figure in (*run.sent, *run.dense)]
     place = task.dataset, task.model, task.clients, run.cut, run.method, run.seed
     return [*place, run.target, reached, f"{run.best:.4f}", f"{run.last:.4f}", *figures]
-
-
-def _present(cells: Cells) -> list[str]:
-    """Return the methods that there are, but that without compression."""
-    there = {method for found in cells.values() for method in found}
-    return [method for method in METHODS if method in there and method != NONE]
 
 
 def _runs(cells: Cells) -> list[Run]:

@@ -30,3 +30,9 @@ def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation, 0 of a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def with_spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation as text, the figure alone where it is one."""
+    mean, deviation = spread(values)
+    return f"{mean:{form}}" + (f" ± {deviation:{form}}" if len(values) > 1 else "")
