@@ -106,7 +106,7 @@ class ComputeConfig:
     channels_last : bool
         Whether images lie in memory with their channels last. Those of a step of more
         than `heap.CROWD` clients do so on the CPU in any case: they are too many for
-        its caches, and it computes a third faster then.
+        its caches, and it computes faster then.
     compile : bool
         Whether the server half is compiled.
     """
@@ -120,12 +120,6 @@ class ComputeConfig:
         if self.channels_last and images.dim() == 4:
             return images.contiguous(memory_format=torch.channels_last)
         return images
-
-    def prepared(self, module: nn.Module) -> nn.Module:
-        """Return a module whose weights lie in the memory format of the halves."""
-        if self.channels_last:
-            return module.to(memory_format=torch.channels_last)  # type: ignore
-        return module
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context of a forward pass."""
@@ -374,7 +368,9 @@ class ServerHalf:
         threads: int,
         compute_config: ComputeConfig = ComputeConfig(),
     ) -> None:
-        self.module = compute_config.prepared(module)
+        if compute_config.channels_last:  # typed without memory_format alone
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = module
         self._forward = torch.compile(module) if compute_config.compile else module
         self._optimizer = config.make(list(module.parameters()))
         self._threads = threads
