@@ -14,7 +14,6 @@ options (fields of a frozen dataclass), write `pack` and `unpack`, and decorate 
 `register`.
 """
 
-import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from masksl import entropy, planes, scalar, topk, wire
 from masksl.options import check_choice, check_number, check_sparsity, check_whole
-from masksl.planes import NotFiniteError
+from masksl.planes import Bounds, NotFiniteError
 from masksl.wire import MAX_ELEMENTS, FrameError, Header
 
 __all__ = [
@@ -99,14 +98,16 @@ class Compressor(ABC):
         if tensor.numel() == 0:
             raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
         flat = wire.flatten(tensor)
-        planes.check_finite(flat, self.name)
+        bounds = planes.finite_bounds(flat, self.name)
         shape = tuple(tensor.shape)
-        params, parts = self.pack(flat, shape, seed=seed, training=training)
+        params, parts = self.pack(flat, shape, bounds, seed=seed, training=training)
         header = Header(self.name, tensor.dtype, shape, params)
         return wire.assemble(header, parts)
 
     @abstractmethod
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         """Compress the elements of a tensor.
 
         Parameters
@@ -115,6 +116,8 @@ class Compressor(ABC):
             Shape (d,), contiguous, finite, of a floating type.
         shape : Shape
             Shape of the tensor that they come from.
+        bounds : Bounds
+            The least and the largest element.
         seed : int
             Seed of whatever is drawn.
         training : bool
@@ -319,8 +322,10 @@ class Identity(Compressor):
     def __post_init__(self) -> None:
         check_choice("values", self.values, planes.VALUES)
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
-        flat = planes.narrow(flat, self.values, self.name)
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
+        flat = planes.narrow(flat, self.values, bounds, self.name)
         return self._PARAMS.pack(wire.DTYPE_CODES[flat.dtype]), [flat]
 
     @classmethod
@@ -368,9 +373,11 @@ class UniformQuantization(Compressor):
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
         check_choice("lossless", self.lossless, planes.LOSSLESS)
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         work = planes.working(flat)
-        lo, hi = (bound.item() for bound in work.aminmax())
+        lo, hi = bounds
         top = 2**self.bits - 1
         # Half of everything where the range itself would overflow.
         scale = 1.0 if hi - lo <= torch.finfo(work.dtype).max else 0.5
@@ -400,7 +407,8 @@ class UniformQuantization(Compressor):
         def levels() -> Tensor:
             share = np.arange(2**bits) / (2**bits - 1)
             every = torch.from_numpy(lo * (1 - share) + hi * share)
-            return every.to(device, planes.working_dtype(header.dtype))
+            every = every.to(planes.working_dtype(header.dtype))
+            return wire.to_device(every, device)
 
         return planes.read_plane(header, payload, bits, form, levels)
 
@@ -451,10 +459,13 @@ class QuantileQuantization(Compressor):
         ascending = torch.cat([negative, torch.zeros(1).double(), positive.flip(0)])
         return ascending / positive[0] * scale
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         work = planes.working(flat)
-        scale = max(abs(bound.item()) for bound in work.aminmax())
-        symbols = scalar.nearest(work, self.levels(self.bits, self.offset, scale))
+        scale = max(map(abs, bounds))
+        levels = self.levels(self.bits, self.offset, scale)
+        symbols = scalar.nearest(work, wire.to_device(levels, work.device))
         form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
         return self._PARAMS.pack(self.bits, form, self.offset, scale), [plane]
 
@@ -465,7 +476,7 @@ class QuantileQuantization(Compressor):
         if not (2 <= bits <= 8 and 0.5 < offset < 1 and 0 <= scale <= most):
             raise FrameError(f"qq frame declares {bits} bits, {offset}, scale {scale}")
         dtype = planes.working_dtype(header.dtype)
-        levels = cls.levels(bits, offset, scale).to(device, dtype)
+        levels = wire.to_device(cls.levels(bits, offset, scale).to(dtype), device)
         return planes.read_plane(header, payload, bits, form, lambda: levels)
 
 
@@ -519,14 +530,23 @@ class FloatQuantization(Compressor):
         normal = (1 + fraction) * 2.0 ** (power - bias)
         return torch.where(power > 0, normal, fraction * 2.0 ** (1 - bias))
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    @staticmethod
+    def largest(exponent: int, mantissa: int) -> float:
+        """Return the number of the last code."""
+        return (2 - 0.5**mantissa) * 2.0 ** (2 ** (exponent - 1))
+
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         work = planes.working(flat)
-        lo, hi = (bound.item() for bound in work.aminmax())
+        lo, hi = bounds
         levels = self.levels(self.exponent, self.mantissa)
-        factor = max(-lo, hi) / levels[-1].item() if self.scale == "absmax" else 1.0
+        largest = self.largest(self.exponent, self.mantissa)
+        factor = max(-lo, hi) / largest if self.scale == "absmax" else 1.0
         signed = lo < 0
         magnitude = work.abs() if signed else work
-        symbols = scalar.nearest(magnitude, levels * factor)
+        levels = wire.to_device(levels * factor, work.device)
+        symbols = scalar.nearest(magnitude, levels)
         bits = self.exponent + self.mantissa
         form, plane = planes.write_plane(symbols, bits, shape, self.lossless)
         parts = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
@@ -538,13 +558,14 @@ class FloatQuantization(Compressor):
         exponent, mantissa, signed, form, factor = header.unpack_params(cls._PARAMS)
         if not 1 <= exponent <= 5 or exponent + mantissa > 8 or signed > 1:
             raise FrameError(f"fp frame declares {exponent} + {mantissa} bits")
-        levels = cls.levels(exponent, mantissa)
+        largest = factor * cls.largest(exponent, mantissa)
         most = max(torch.finfo(header.dtype).max, 1.0)
-        if not (factor == 1 or 0 <= factor * levels[-1].item() <= most * (1 + 1e-9)):
+        if not (factor == 1 or 0 <= largest <= most * (1 + 1e-9)):
             raise FrameError(f"fp frame declares the scale {factor}")
-        levels = (levels * factor).clamp_(max=most)
+        levels = (cls.levels(exponent, mantissa) * factor).clamp_(max=most)
         signs, plane = planes.split(header, payload, planes.sign_bytes(header, signed))
-        levels = levels.to(device, planes.working_dtype(header.dtype))
+        levels = levels.to(planes.working_dtype(header.dtype))
+        levels = wire.to_device(levels, device)
         bits = exponent + mantissa
         flat = planes.read_plane(header, plane, bits, form, lambda: levels)
         return planes.apply_signs(flat, signs) if signed else flat
@@ -602,12 +623,14 @@ class Sparsification(Compressor):
         del seed, training
         return topk.largest(magnitude, k)
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         rows = _rows(shape, self.scope)
         kept = topk.kept(self.sparsity, flat.numel() // rows)
         magnitude = planes.working(flat).abs().view(rows, -1)
         chosen = self.select(magnitude, kept, seed=seed, training=training)
-        values = planes.narrow(flat[chosen], self.values, self.name)
+        values = planes.narrow(flat[chosen], self.values, bounds, self.name)
         form, coded = planes.write_positions(
             chosen, shape, self.lossless, gaps=self.positions == "auto"
         )
@@ -729,17 +752,19 @@ class MaskSparsification(Compressor):
         check_choice("values", self.values, planes.VALUES)
         check_choice("lossless", self.lossless, planes.LOSSLESS)
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         work = planes.working(flat)
         rows = _rows(shape, self.scope)
         kept = topk.kept(self.sparsity, flat.numel() // rows)
-        signed = bool(work.amin() < 0)
+        signed = bounds[0] < 0
         magnitude = (work.abs() if signed else work).view(rows, -1)
         chosen = topk.largest(magnitude, kept)
-        values = planes.narrow(flat[chosen], self.values, self.name)
+        values = planes.narrow(flat[chosen], self.values, bounds, self.name)
         smallest = planes.working(values).to(work.dtype).view(rows, kept).abs()
         symbols = self._symbols(magnitude, smallest.amin(1, keepdim=True))
-        symbols[chosen] = 2**self.bits - 1
+        symbols.index_fill_(0, chosen, 2**self.bits - 1)
         form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
         signs = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
         scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
@@ -778,11 +803,13 @@ class MaskSparsification(Compressor):
             header, payload, size, planes.sign_bytes(header, signed)
         )
         # Levels in units of t/L; what is kept is marked by -1 until it is put in.
-        units = torch.arange(2**bits, dtype=planes.working_dtype(header.dtype))
+        units = torch.arange(
+            2**bits, dtype=planes.working_dtype(header.dtype), device=device
+        )
         units[top] = -1
-        units, marked = units.to(device), (top, rows * kept)
+        marked = top, rows * kept
         flat = planes.read_plane(header, plane, bits, form, lambda: units, marked)
-        chosen = topk.below_zero(flat)
+        chosen = topk.below_zero(flat, rows * kept)
         if rows > 1:
             cls._check_rows(header, chosen, rows, kept)
         values = planes.read_values(header, sent, dtype, device).to(header.dtype)
@@ -855,11 +882,18 @@ class EntropyCodedQuantization(Compressor):
             check_number("deadzone", self.deadzone, 0.5, 1 + 1e-9)
         check_choice("context", self.context, ("spatial", "none"))
 
-    def pack(self, flat: Tensor, shape: Shape, *, seed: int, training: bool) -> Packed:
+    def pack(
+        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
+    ) -> Packed:
         work = planes.working(flat)
-        signed = bool(work.amin() < 0)
+        signed = bounds[0] < 0
         magnitude = work.abs() if signed else work
-        quantizer = self._steer(magnitude, shape, work, signed)
+
+        def cost(quantizer: scalar.Quantizer) -> float:
+            return self._bits_of(quantizer, magnitude, shape, signed)
+
+        aim = scalar.Aim(self.step, self.bits, self.error, self.deadzone)
+        quantizer = scalar.steer(work, magnitude, aim, cost)
         symbols = quantizer.symbols(magnitude)
         alphabet = int(symbols.amax()) + 1
         plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
@@ -928,43 +962,6 @@ class EntropyCodedQuantization(Compressor):
         most = torch.finfo(magnitude.dtype).max
         chosen = torch.from_numpy(means[int(signed) : scalar.Quantizer.LAST])
         return chosen.clamp_(max=most).to(magnitude.dtype)
-
-    def _steer(
-        self,
-        magnitude: Tensor,
-        shape: Shape,
-        work: Tensor,
-        signed: bool,
-    ) -> scalar.Quantizer:
-        """Return the quantiser that step, bits or error asks for."""
-        largest = magnitude.amax().item()
-        unit = largest or 1.0
-        least = torch.finfo(work.dtype).tiny
-        if self.step is not None and work.numel() > 1:
-            unit = work.std(correction=0).item() or unit
-        bounds = math.log((largest or 1.0) * 1e-12), math.log((largest or 1.0) * 4)
-        sample = scalar.Sample(magnitude, 2**17, signed)
-        deadzone = self.deadzone
-        if deadzone is None:
-            width = self.step * unit if self.step is not None else None
-            target = self.error if self.error is not None else 0.25
-            deadzone = scalar.best_deadzone(sample, width, target, bounds)
-
-        def at(step: float) -> scalar.Quantizer:
-            return scalar.Quantizer(max(step, least), deadzone)
-
-        if self.step is not None:
-            return at(self.step * unit)
-        if self.bits is None:
-            target = 0.25 if self.error is None else self.error
-            return at(
-                scalar.search(lambda w: sample.error(at(w)), target, bounds, True)
-            )
-
-        def cost(quantizer: scalar.Quantizer) -> float:
-            return self._bits_of(quantizer, magnitude, shape, signed)
-
-        return scalar.meet_bits(self.bits, at, sample, bounds, cost)
 
     def _bits_of(
         self,

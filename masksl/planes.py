@@ -14,6 +14,8 @@ import torch
 from masksl import entropy, topk, wire
 from masksl.wire import FrameError
 
+Bounds = tuple[float, float]  # least and largest element of a tensor
+
 VALUES = ("float32", "bfloat16", "float16")
 LOSSLESS = ("none", "fast", "context", "auto")
 
@@ -26,17 +28,16 @@ class NotFiniteError(ValueError):
     """A tensor with values that are not finite; the text names who met them."""
 
 
-def check_finite(flat: torch.Tensor, name: str) -> None:
-    """Raise `NotFiniteError` unless all elements are finite."""
-    # A sum is finite only if every term is; it is far cheaper than looking at each.
-    # Large finite values can overflow it, so that only the slow count decides.
-    total = flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else None)
-    if not torch.isfinite(total):
+def finite_bounds(flat: torch.Tensor, name: str) -> Bounds:
+    """Return the least and the largest element; raise `NotFiniteError` unless finite.
+
+    Both cross to the host together: one wait where the tensor is on a GPU.
+    """
+    lo, hi = torch.stack(flat.aminmax()).tolist()
+    if not (math.isfinite(lo) and math.isfinite(hi)):
         bad = flat.numel() - int(torch.isfinite(flat).sum())
-        if bad:
-            raise NotFiniteError(
-                f"{name}: {bad} of {flat.numel()} values are not finite"
-            )
+        raise NotFiniteError(f"{name}: {bad} of {flat.numel()} values are not finite")
+    return lo, hi
 
 
 def working(flat: torch.Tensor) -> torch.Tensor:
@@ -49,19 +50,22 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def narrow(values: torch.Tensor, to: str, name: str) -> torch.Tensor:
+def narrow(values: torch.Tensor, to: str, bounds: Bounds, name: str) -> torch.Tensor:
     """Return values in the type that they travel in.
 
-    ``float32`` keeps the tensor's own type, so that nothing is lost.
+    ``float32`` keeps the tensor's own type, so that nothing is lost. What lies within
+    ``bounds`` that the type can hold need not be looked at.
     """
     if to == "float32" or values.dtype in _HALF:
         return values
     narrowed = values.to(getattr(torch, to))
-    lost = values.numel() - int(torch.isfinite(narrowed).sum())
-    if lost:
-        raise NotFiniteError(
-            f"{name}: {lost} of {values.numel()} values are out of the range of {to}"
-        )
+    if max(map(abs, bounds)) > torch.finfo(narrowed.dtype).max:
+        lost = values.numel() - int(torch.isfinite(narrowed).sum())
+        if lost:
+            raise NotFiniteError(
+                f"{name}: {lost} of {values.numel()} values are out of the range of "
+                f"{to}"
+            )
     return narrowed
 
 
@@ -122,7 +126,7 @@ def write_plane(
     best: tuple[int, wire.Part] = _RAW, wire.pack_bits(symbols, bits)
     size = wire.packed_size(symbols.numel(), bits)
     if lossless in ("fast", "auto"):
-        coded = entropy.deflate(wire.to_host(best[1]))
+        coded = entropy.deflate(*wire.to_host([best[1]]))
         if len(coded) < size:
             best, size = (_FAST, coded), len(coded)
     if lossless in ("context", "auto") and bits <= 8:
@@ -226,9 +230,9 @@ def read_positions(
         gaps = entropy.decode_gaps(payload, kept, header.elements)
         return torch.from_numpy(gaps).to(device)
     if form != _INDICES:
-        levels = torch.tensor([False, True], device=device)
+        levels = torch.arange(2, device=device) > 0
         mask = read_plane(header, payload, 1, form, lambda: levels, marked=(1, kept))
-        return topk.positions(mask)
+        return topk.positions(mask, kept)
     wire.check_payload(header, payload, 4 * kept)
     for part in wire.chunks(payload, "<u4"):
         if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):

@@ -51,7 +51,7 @@ def nearest(work: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     work : torch.Tensor
         float32 or float64, shape (d,).
     levels : torch.Tensor
-        float64, at most 256, on the CPU.
+        float64, at most 256, on the device of ``work``.
     """
     middles = (levels[1:] / 2 + levels[:-1] / 2).to(work)
     return torch.bucketize(work, middles, out_int32=True).to(torch.uint8)
@@ -128,6 +128,70 @@ class Sample:
         signs = 1 - float(share[0]) if self._signed else 0.0
         exact = 32 * float(share[Quantizer.LAST])
         return float(-(used * np.log2(used)).sum()) + signs + exact
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What steers a quantiser: one of a step, a budget and an error, and a dead zone.
+
+    Parameters
+    ----------
+    step : float | None
+        Width of a step in standard deviations of the tensor.
+    bits : float | None
+        Bits an element.
+    error : float | None
+        Relative error; 0.25 where none of the three is given.
+    deadzone : float | None
+        Width of symbol 0 in steps; None takes the best by a sample.
+    """
+
+    step: float | None
+    bits: float | None
+    error: float | None
+    deadzone: float | None
+
+
+def steer(
+    work: torch.Tensor,
+    magnitude: torch.Tensor,
+    aim: Aim,
+    cost: Callable[[Quantizer], float],
+) -> Quantizer:
+    """Return the quantiser that an aim asks for.
+
+    Parameters
+    ----------
+    work : torch.Tensor
+        float32 or float64, shape (d,): what is quantised.
+    magnitude : torch.Tensor
+        Its magnitudes; the same tensor where it has no negative values.
+    aim : Aim
+        What is asked for.
+    cost : Callable[[Quantizer], float]
+        What a quantiser costs, in bits an element; asked where a budget steers.
+    """
+    largest = magnitude.amax().item() or 1.0
+    least = torch.finfo(work.dtype).tiny
+    bounds = math.log(largest * 1e-12), math.log(largest * 4)
+    error = 0.25 if aim.error is None else aim.error
+    sample = Sample(magnitude, 2**17, magnitude is not work)
+    width = None
+    if aim.step is not None:
+        spread = work.std(correction=0).item() if work.numel() > 1 else 0.0
+        width = aim.step * (spread or largest)
+    deadzone = aim.deadzone
+    if deadzone is None:
+        deadzone = best_deadzone(sample, width, error, bounds)
+
+    def at(step: float) -> Quantizer:
+        return Quantizer(max(step, least), deadzone)
+
+    if width is not None:
+        return at(width)
+    if aim.bits is not None:
+        return meet_bits(aim.bits, at, sample, bounds, cost)
+    return at(search(lambda step: sample.error(at(step)), error, bounds, True))
 
 
 def best_deadzone(

@@ -28,18 +28,20 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     torch.Tensor
         int64, shape (rows * k,): ascending positions in the flat tensor.
     """
+    if magnitude.device.type != "cpu":
+        return _largest_on_device(magnitude, k)
     if len(magnitude) == 1:
         candidates, smallest = _at_least_kth(magnitude.view(-1), k)
         if candidates.numel() == k:
             return candidates
         del candidates  # as large as two tensors where many are tied
     else:
-        smallest = _kth(magnitude, k)
+        smallest = torch.cat([_kth(row, k) for row in magnitude])
     mask = magnitude >= smallest.view(-1, 1)
     found = torch.stack([row.count_nonzero() for row in mask])  # sum(1) takes memory
     for row, surplus in enumerate((found - k).tolist()):
         if surplus:
-            ties = positions(magnitude[row] == smallest.view(-1)[row])
+            ties = positions(magnitude[row] == smallest[row])
             mask[row, ties[-surplus:]] = False
             del ties
     return positions(mask.view(-1))
@@ -82,18 +84,28 @@ def draw(
     return largest(arrival.reciprocal_(), k)
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return where a flat bool tensor is true, int64, ascending."""
+def positions(mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
+    """Return where a flat bool tensor is true, int64, ascending.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        bool, shape (n,).
+    count : int | None
+        How many are true; where it is known, a GPU need not be waited for.
+    """
     if mask.device.type == "cpu":  # NumPy is several times as fast here
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().view(-1)
+    if count is None:
+        return mask.nonzero().view(-1)
+    return torch.nonzero_static(mask, size=count).view(-1)
 
 
-def below_zero(values: torch.Tensor) -> torch.Tensor:
-    """Return where flat values are negative, int64, ascending."""
+def below_zero(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where flat values are negative, so many of them, int64, ascending."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
-    return positions(values < 0)
+    return positions(values < 0, count)
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -103,25 +115,28 @@ def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values[mask]
 
 
+def _largest_on_device(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    """Do what `largest` does by whole-tensor operations that no host waits for."""
+    smallest = magnitude.topk(k, sorted=False).values.amin(1, keepdim=True)
+    mask, ties = magnitude > smallest, magnitude == smallest
+    places = k - mask.sum(1, keepdim=True)
+    mask |= ties & (ties.cumsum(1, dtype=torch.int32) <= places)
+    return positions(mask.view(-1), mask.shape[0] * k)
+
+
 def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k-th largest along the last dimension, which stays with size 1."""
-    if values.device.type != "cpu":
-        return values.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    if values.ndim > 1:
-        return torch.stack([_kth(row, k) for row in values])
+    """Return the k-th largest of flat values on the CPU, shape (1,)."""
     rank = values.numel() - k  # NumPy again: topk takes four times the memory
     return torch.from_numpy(np.partition(values.numpy(), rank)[rank, None].copy())
 
 
 def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Return where flat values are at least a bound, int64, ascending."""
-    if values.device.type == "cpu":  # likewise
-        return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
-    return positions(values >= bound)
+    """Return where flat values on the CPU reach a bound, int64, ascending."""
+    return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
 
 
 def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where values are at least the k-th largest, and that one, shape (1,).
+    """Return where values reach the k-th largest, and that one, shape (1,).
 
     A sample gives a threshold below which it cannot well lie; the exact choice is then
     made among the few elements above. Where fewer than k are, all are looked at.

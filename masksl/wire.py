@@ -43,6 +43,14 @@ DTYPES = {1: torch.float16, 2: torch.bfloat16, 3: torch.float32, 4: torch.float6
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_ELEMENTS = 2**28
 
+# All bits of the exponent: set in infinities and NaN alone.
+_EXPONENTS: dict[torch.dtype, np.uint16 | np.uint32 | np.uint64] = {
+    torch.float16: np.uint16(0x7C00),
+    torch.bfloat16: np.uint16(0x7F80),
+    torch.float32: np.uint32(0x7F80_0000),
+    torch.float64: np.uint64(0x7FF0_0000_0000_0000),
+}
+
 Buffer = bytes | bytearray | memoryview
 Part: TypeAlias = torch.Tensor | bytes
 
@@ -108,7 +116,7 @@ def assemble(header: Header, parts: Sequence[Part]) -> bytes:
     bytes
         The frame, copied together once.
     """
-    payload = [to_host(part) for part in parts]
+    payload = to_host(parts)
     size = sum(part.nbytes for part in payload)
     fields = bytearray(
         _FIXED.pack(
@@ -211,11 +219,27 @@ def flatten(tensor: torch.Tensor) -> torch.Tensor:
     return flat
 
 
-def to_host(part: Part) -> memoryview:
-    """Return the bytes of a part of the payload."""
-    if isinstance(part, bytes):
-        return memoryview(part)
-    return memoryview(flatten(part).view(torch.uint8).cpu().numpy())  # type: ignore
+def to_host(parts: Sequence[Part]) -> list[memoryview]:
+    """Return the bytes of parts of a payload.
+
+    What is on a GPU is joined there and crosses together: one wait.
+    """
+    flat = [
+        flatten(part).view(torch.uint8) if isinstance(part, torch.Tensor) else part
+        for part in parts
+    ]
+    away = [part for part in flat if isinstance(part, torch.Tensor) and part.is_cuda]
+    if away:
+        joined = torch.cat(away).cpu()
+        here = iter(joined.split([part.numel() for part in away]))
+    return [
+        (
+            memoryview(part)
+            if isinstance(part, bytes)
+            else memoryview((next(here) if part.is_cuda else part).numpy())
+        )
+        for part in flat
+    ]
 
 
 def to_tensor(
@@ -235,12 +259,20 @@ def to_tensor(
     Returns
     -------
     torch.Tensor
-        One-dimensional, owning its memory.
+        One-dimensional, owning its memory. A GPU may still be copying it; what is done
+        with it there waits, the host need not.
     """
     if not payload:
         return torch.empty(0, dtype=dtype, device=device)
     host = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
-    return host.to(device).view(dtype)
+    return to_device(host, device).view(dtype)
+
+
+def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for a GPU."""
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -404,12 +436,10 @@ def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> in
 
 def all_finite(payload: memoryview, dtype: torch.dtype) -> bool:
     """Return whether all values of a payload are finite, a little at a time."""
-    integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
-    infinity = torch.tensor([torch.inf], dtype=dtype).view(torch.uint8).numpy()
-    exponent = infinity.view(integer)[0]  # all bits of the exponent: inf and nan
+    exponent = _EXPONENTS[dtype]
     return all(
         bool(((part & exponent) != exponent).all())
-        for part in chunks(payload, np.dtype(integer).str)
+        for part in chunks(payload, exponent.dtype.str)
     )
 
 

@@ -32,7 +32,7 @@ class Sign(Compressor):
     name: ClassVar[str] = "sign"
     scale: float = 1.0
 
-    def pack(self, flat, shape, *, seed, training):
+    def pack(self, flat, shape, bounds, *, seed, training):
         mean = self.scale * flat.abs().mean().item()
         bits = wire.pack_bits((flat > 0).view(torch.uint8), 1)
         return struct.pack("<d", mean), [bits]
