@@ -71,6 +71,33 @@ def test_figure2_is_written_and_the_same_again(measured: Path) -> None:
     assert figure2(measured) == texts
 
 
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_figure2_stands_beside_the_papers(
+    dataset: str, measured: Path, tmp_path: Path
+) -> None:
+    result = json.loads((measured / "digits.json").read_text())
+    result["network"]["dataset"] = dataset
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    lines = figure2(tmp_path)["paper.md"].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    norms = {
+        _series(row): row["norm"]
+        for row in result["rows"]
+        if (row["cut"], row["budget"]) == ("medium", 3)
+    }
+    name = f"small_cnn, {dataset}, medium"
+    shown = {line[1]: float(line[2]) for line in cells if line[0] == name}
+    assert shown["MS, 2-norm"] == pytest.approx(norms["ms"], rel=1e-3)
+    for method in ("qu", "sp", "rt"):
+        ratio = norms[method] / norms["ms"]
+        assert shown[f"{method.upper()} / MS"] == pytest.approx(ratio, abs=0.005)
+    paper = [line[1:] for line in cells if line[0] == f"the paper's, {dataset}"]
+    assert len(paper) == (4 if dataset == "cifar10" else 0)
+    if paper:
+        assert paper[0] == "MS, 2-norm|504.4|200|90.6|43.2|21|10.4".split("|")
+        assert paper[1] == "QU / MS|1.02|1.20|1.27|1.32|1.35|1.34".split("|")
+
+
 def test_held_out_images_are_not_trained_on() -> None:
     network = activations.Network("small_cnn", "digits", None, 0.05)
     _, images, seen = activations.train(network, "data")
@@ -315,10 +342,17 @@ def test_figure3_has_every_epoch_of_every_method(sweep: Path) -> None:
         assert float(tops[-1]["std"]) == pytest.approx(stdev(last), abs=1e-4)
 
 
+IN_README = {
+    ("figure2", "paper.md"),
+    ("table1_small", "table1.md"),
+    ("table1_small", "accuracy.md"),
+}
+
+
 @pytest.mark.parametrize(
     ("report", "folder"),
     [
-        ("figure2", "figure2"),
+        ("figure2", "figure2_small"),
         ("runs", "cifar10_compressors"),
     ],
 )
@@ -330,7 +364,7 @@ def test_what_is_committed_comes_out_again(
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, text in REPORTS[report](tmp_path / folder).items():
         assert text == (shown / name).read_text(encoding="utf-8")
-        if report == "table1" and name.endswith(".md"):
+        if (folder, name) in IN_README:
             assert text in readme
     for name in (path.name for path in shown.glob("*.png")):
         assert f"results/{folder}/{name}" in readme

@@ -38,13 +38,16 @@ class Network:
         How many training images it sees, every time anew in a run; all but those held
         out where it is None.
     lr : float
-        Learning rate of SGD with momentum 0.9 and weight decay 5e-4.
+        Learning rate of SGD with momentum 0.9 and weight decay 5e-4, at first in a run.
+    top1 : float | None
+        Test accuracy of the run, a fraction; None where it is not that of a run.
     """
 
     model: str
     dataset: str
     images: int | None
     lr: float
+    top1: float | None = None
 
 
 def train(network: Network, root: str) -> tuple[model.Units, torch.Tensor, int]:
@@ -261,7 +264,8 @@ def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
     name, dataset = run["model.name"], run["dataset.name"]
     images, _ = load(DatasetConfig(dataset, root)).test_batch(torch.arange(HELD_OUT))
     seen = sum(row["samples"] for row in facts["rows"])
-    network = Network(name, dataset, seen, run["optimizer.lr"])
+    top1 = facts["rows"][-1]["top1"]
+    network = Network(name, dataset, seen, run["optimizer.lr"], top1)
     return {"network": asdict(network), "rows": figure2(units, name, images)}
 
 
@@ -295,6 +299,8 @@ def show_figure2(result: dict[str, Any]) -> None:
     """Print the rows of `figure2` as a table."""
     network = Network(**result["network"])
     title = f"{network.model}, {network.dataset}, {network.images:,} images"
+    if network.top1 is not None:
+        title += f", top-1 {network.top1:.2%}"
     table = Table(title=title)
     for column in ("cut", "compressor"):
         table.add_column(column)

@@ -22,6 +22,27 @@ _NAMES = {
     "ec": "EC",
 }
 
+_PAPER = {  # 2-norm of the error at 3 to 8 bits; batch and cut are not stated
+    "cifar10": {
+        "ms": (504.4, 200.0, 90.6, 43.2, 21.0, 10.4),
+        "qu": (512.7, 239.7, 115.0, 57.2, 28.3, 13.9),
+        "sp": (1578, 1322, 1114, 949, 798, 663),
+        "rt": (1773, 1588, 1453, 1353, 1271, 1206),
+    },
+    "cifar100": {
+        "ms": (344.6, 136.6, 62.9, 29.7, 14.6, 7.2),
+        "qu": (394.1, 185.2, 89.9, 44.0, 21.8, 10.9),
+        "sp": (1021, 837, 706, 588, 487, 401),
+        "rt": (1163, 1033, 952, 881, 831, 792),
+    },
+    "imagenet": {
+        "ms": (382.9, 156.3, 71.0, 33.6, 16.5, 8.2),
+        "qu": (357.6, 170.5, 79.6, 39.5, 19.3, 9.8),
+        "sp": (1140, 962, 801, 659, 552, 461),
+        "rt": (1297, 1178, 1074, 986, 931, 893),
+    },
+}
+
 
 def read_measurements(folder: Path) -> list[dict[str, Any]]:
     """Return what ``bench figure2`` wrote into a folder, a network each."""
@@ -33,7 +54,7 @@ def read_measurements(folder: Path) -> list[dict[str, Any]]:
 
 
 def figure2(folder: Path) -> dict[str, str]:
-    """Return the table of error against bits, and draw it as ``figure2.png``.
+    """Return tables of error against bits, and draw them as ``figure2.png``.
 
     Parameters
     ----------
@@ -59,11 +80,43 @@ def figure2(folder: Path) -> dict[str, str]:
         shown += _norms(each)
     draw_figure2(measured, folder / "figure2.png")
     budgets = sorted({row["budget"] for row in measured[0]["rows"]})
-    head = ["network, data set, cut", "compressor", *(f"{b} bits" for b in budgets)]
+    bits = [f"{budget} bits" for budget in budgets]
+    head = ["network, data set, cut", "compressor", *bits]
     return {
         "figure2.csv": comma_separated([*columns, "bits", "error", "norm"], lines),
         "figure2.md": markdown(head, shown),
+        "paper.md": markdown(["network, data set, cut", "", *bits], _beside(measured)),
     }
+
+
+def _beside(measured: Sequence[Row]) -> list[list[str]]:
+    """Return the 2-norm of the error of MS and how many times larger others' are.
+
+    The paper's follow, of the data sets that are here.
+    """
+    lines = []
+    for each in measured:
+        network, norms = each["network"], dict[str, dict[str, list[float]]]()
+        for row in each["rows"]:
+            of_cut = norms.setdefault(row["cut"], {})
+            of_cut.setdefault(_series(row), []).append(row["norm"])
+        for cut, found in norms.items():
+            place = f"{network['model']}, {network['dataset']}, {cut}"
+            lines += _over_ms(place, found)
+    datasets = dict.fromkeys(each["network"]["dataset"] for each in measured)
+    for dataset in datasets:
+        if dataset in _PAPER:
+            lines += _over_ms(f"the paper's, {dataset}", _PAPER[dataset])
+    return lines
+
+
+def _over_ms(place: str, norms: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    lines = [[place, "MS, 2-norm", *(f"{norm:.4g}" for norm in norms["ms"])]]
+    for method in ("qu", "sp", "rt"):
+        pairs = zip(norms[method], norms["ms"], strict=True)
+        ratios = [f"{norm / of_ms:.2f}" for norm, of_ms in pairs]
+        lines.append([place, f"{_NAMES[method]} / MS", *ratios])
+    return lines
 
 
 def _norms(measured: Row) -> list[list[str]]:
