@@ -135,8 +135,11 @@ def _add_wheels(archive: tarfile.TarFile, version: str) -> None:
 
     What its authors offer as source alone is built here; it is Python alone.
     """
-    poetry = shutil.which("poetry") or str(ROOT / ".poetry/bin/poetry")
-    export = [poetry, "export", "--format", "requirements.txt"]
+    own = ROOT / ".poetry/bin/poetry"
+    poetry = own if own.exists() else shutil.which("poetry")
+    if poetry is None:
+        raise ShipError(f"--wheels {version}: needs Poetry, which make setup installs")
+    export = [str(poetry), "export", "--format", "requirements.txt"]
     wanted = locked(_run(export, cwd=ROOT).decode(), version)
     with tempfile.TemporaryDirectory() as place:
         listed = Path(place, "requirements.txt")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 SHIP = ROOT / "scripts/ship.py"
@@ -78,3 +80,15 @@ def test_the_code_comes_along(tmp_path: Path) -> None:
         shown = ["git", "show", f"HEAD:{name}"]
         head = subprocess.run(shown, cwd=ROOT, capture_output=True, check=True)
         assert packed == head.stdout
+
+
+def test_wheels_need_poetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "scripts/ship.py"
+    program.parent.mkdir()
+    program.write_bytes(SHIP.read_bytes())
+    monkeypatch.setenv("PATH", "")
+    done = ship("pack", "pieces", "--wheels=3.12", cwd=tmp_path, program=program)
+    assert (
+        done.stderr == "ship: --wheels 3.12: needs Poetry, which make setup installs\n"
+    )
+    assert not list((tmp_path / "pieces").iterdir())
