@@ -1,6 +1,7 @@
 """Pieces for a machine without network: of the size asked for, and whole again."""
 
 import importlib.util
+import os
 import random
 import subprocess
 import sys
@@ -92,3 +93,37 @@ def test_wheels_need_poetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         done.stderr == "ship: --wheels 3.12: needs Poetry, which make setup installs\n"
     )
     assert not list((tmp_path / "pieces").iterdir())
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_full_list(data_root: Path, tmp_path: Path) -> None:
+    """Two epochs of few images where the pieces were unpacked, and results back."""
+    ship("pack", tmp_path / "pieces", "--code", cwd=ROOT)
+    there = tmp_path / "there"
+    done = ship("unpack", tmp_path / "pieces", there, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    overrides = (
+        *("experiment=table1", "task=vgg19_cifar10", "seed=1", "cut=shallow,deep"),
+        *("compressor=none,ms", "rounds=2", "dataset.limit=260", "threads.server=1"),
+        *("dataset.test_limit=50", f"dataset.root={data_root}"),
+    )
+    for command in (
+        ("masksl.main", "--multirun", *overrides),
+        ("masksl.report", "table1", "multirun/table1", "--into", "results/table1"),
+        ("masksl.report", "figure3", "multirun/table1", "--into", "results/table1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            **{"cwd": there, "capture_output": True, "text": True},
+            env=os.environ | {"PYTHONPATH": str(there)},
+            check=False,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    ship("pack", "back", "results/table1", cwd=there)
+    done = ship("unpack", there / "back", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "here/results/table1"
+    assert len(list(results.rglob("summary.json"))) == 3  # no compression once
+    assert (results / "figure3.png").stat().st_size > 20_000
+    assert (results / "table1.md").read_text().count("\n") == 2 + 3 * 2
