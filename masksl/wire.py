@@ -228,17 +228,18 @@ def to_host(parts: Sequence[Part]) -> list[memoryview]:
         flatten(part).view(torch.uint8) if isinstance(part, torch.Tensor) else part
         for part in parts
     ]
-    away = [part for part in flat if isinstance(part, torch.Tensor) and part.is_cuda]
+    away = {
+        i: part
+        for i, part in enumerate(flat)
+        if isinstance(part, torch.Tensor) and part.device.type != "cpu"
+    }
     if away:
-        joined = torch.cat(away).cpu()
-        here = iter(joined.split([part.numel() for part in away]))
+        joined = torch.cat(list(away.values())).cpu()
+        here = joined.split([part.numel() for part in away.values()])
+        for i, part in zip(away, here, strict=True):
+            flat[i] = part
     return [
-        (
-            memoryview(part)
-            if isinstance(part, bytes)
-            else memoryview((next(here) if part.is_cuda else part).numpy())
-        )
-        for part in flat
+        memoryview(part if isinstance(part, bytes) else part.numpy()) for part in flat
     ]
 
 

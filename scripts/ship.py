@@ -119,7 +119,7 @@ def pack(
         for path in folder.iterdir():  # it was empty before
             path.unlink()
         raise
-    print(f"{len(hashes)} pieces in {folder}")
+    print(f"pieces in {folder}: {len(hashes)}")
 
 
 def _add_code(archive: tarfile.TarFile) -> None:
@@ -226,7 +226,7 @@ def unpack(folder: Path, into: Path) -> None:
     stream = _Joined(_chunks([folder / name for name in hashes]))
     with tarfile.open(fileobj=stream, mode="r|gz") as archive:
         archive.extractall(into, filter="data")
-    print(f"{len(hashes)} pieces unpacked into {into}")
+    print(f"pieces unpacked into {into}: {len(hashes)}")
 
 
 class _Joined(io.RawIOBase):
