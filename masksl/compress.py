@@ -384,7 +384,7 @@ class UniformQuantization(Compressor):
         position = (work * scale - lo * scale) if scale != 1 else work - lo
         span = hi * scale - lo * scale
         if span > 0:
-            position.div_(span).mul_(top)
+            position.div_(scalar.number(span, work)).mul_(top)
         if self.rounding == "stochastic":
             generator = torch.Generator(work.device).manual_seed(seed)
             position.add_(torch.empty_like(position).uniform_(generator=generator))
@@ -814,7 +814,8 @@ class MaskSparsification(Compressor):
             cls._check_rows(header, chosen, rows, kept)
         values = planes.read_values(header, sent, dtype, device).to(header.dtype)
         work = planes.working(values)
-        level = work.view(rows, kept).abs().amin(1, keepdim=True) / top
+        smallest = work.view(rows, kept).abs().amin(1, keepdim=True)
+        level = smallest / scalar.number(top, work)
         flat = flat.view(rows, -1).mul_(level).view(-1)
         if signed:
             flat = planes.apply_signs(flat, signs)

@@ -34,6 +34,14 @@ def to_symbols(
     return symbols
 
 
+def number(value: float, like: torch.Tensor) -> torch.Tensor:
+    """Return a number as a tensor to divide by, of the type and device of another.
+
+    By a number that is none, GPUs multiply with its reciprocal, which rounds otherwise.
+    """
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
 def sums_by(symbols: np.ndarray, magnitude: torch.Tensor, alphabet: int) -> np.ndarray:
     """Return the sum of the magnitudes of every symbol, float64, shape (alphabet,)."""
     sums = torch.zeros(alphabet, dtype=torch.float64)
@@ -70,7 +78,8 @@ class Quantizer:
         """Return the symbol of every magnitude, uint8."""
 
         def level(part: torch.Tensor) -> torch.Tensor:
-            return (part / self.step).add_(1 - self.deadzone).clamp_(max=self.LAST)
+            steps = part / number(self.step, part)
+            return steps.add_(1 - self.deadzone).clamp_(max=self.LAST)
 
         return to_symbols(magnitude, level)
 

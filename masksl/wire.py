@@ -265,8 +265,10 @@ def to_tensor(
     """
     if not payload:
         return torch.empty(0, dtype=dtype, device=device)
-    host = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
-    return to_device(host, device).view(dtype)
+    pinned = torch.device(device).type == "cuda"
+    host = torch.empty(len(payload), dtype=torch.uint8, pin_memory=pinned)
+    np.copyto(host.numpy(), np.frombuffer(payload, dtype=np.uint8))
+    return host.to(device, non_blocking=True).view(dtype)
 
 
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from masksl import wire
 from masksl.compress import (
     COMPRESSORS,
+    FloatQuantization,
     FrameError,
     NotFiniteError,
     decode,
@@ -596,3 +597,11 @@ def test_importing_it_loads_no_framework() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("exponent", range(1, 6))
+def test_the_largest_small_float_is_its_last_level(exponent: int) -> None:
+    for mantissa in range(9 - exponent):
+        levels = FloatQuantization.levels(exponent, mantissa)
+        assert len(levels) == 2 ** (exponent + mantissa)
+        assert FloatQuantization.largest(exponent, mantissa) == levels[-1]

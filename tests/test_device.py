@@ -1,21 +1,24 @@
-"""Encoding and decoding on a GPU wait for it twice a frame at most.
+"""Encoding on a GPU waits for it twice a frame, decoding not at all.
 
-Without one, PyTorch's fake tensors stand for it: they know every operation and no
-values, so that whatever would have to wait for a value raises.
+So it is without a lossless stage, which works on the host. Where there is no GPU,
+PyTorch's fake tensors stand for it: they know every operation and no values, so that
+what would have to wait for a value raises, and every copy between devices is seen.
 """
 
-import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from masksl import topk, wire
+from masksl import topk
 from masksl.compress import COMPRESSORS, decode, make
 
 SHAPE = (8, 16, 6, 6)
@@ -38,6 +41,71 @@ ENCODED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+BOUNDS = [0.0, 1.0]  # what the fake tensors say theirs are
+
+
+class Crossings(TorchDispatchMode):
+    """Takes down every copy between devices that the host waits for.
+
+    Copies to a device from pinned memory that need not wait are none.
+    """
+
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            before, after = args[0].device.type, result.device.type
+            free = after == "cuda" and kwargs.get("non_blocking") and args[0] in PINNED
+            if before != after and not free:
+                self._waits.append(f"{before} to {after}")
+        return result
+
+
+class _Pinned(list):
+    """Tensors that are in pinned memory, by identity."""
+
+    def __contains__(self, tensor: object) -> bool:
+        return any(each is tensor for each in self)
+
+
+PINNED = _Pinned()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let fake tensors tell bounds and bytes; return what the host waited for."""
+    waited: list[str] = []
+    empty = torch.empty
+
+    def make_empty(*size: Any, pin_memory: bool = False, **options: Any) -> Any:
+        made = empty(*size, **options)  # there is nothing to pin without a GPU
+        return pin(made) if pin_memory else made
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        PINNED.append(tensor)
+        return tensor
+
+    def bounds(_: torch.Tensor) -> list[float]:
+        waited.append("bounds")
+        return list(BOUNDS)
+
+    def content(tensor: torch.Tensor) -> np.ndarray:
+        assert not tensor.is_cuda
+        return np.zeros(tensor.nbytes, np.uint8)
+
+    PINNED.clear()
+    monkeypatch.setattr(torch, "empty", make_empty)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(FakeTensor, "tolist", bounds)
+    monkeypatch.setattr(FakeTensor, "numpy", content, raising=False)
+    return waited
+
+
 def test_fake_tensors_refuse_to_wait() -> None:
     with FakeTensorMode():
         values = torch.empty(10, device="cuda")
@@ -49,38 +117,32 @@ def test_fake_tensors_refuse_to_wait() -> None:
 
 @pytest.mark.parametrize("case", CASES + ENCODED, ids=str)
 @pytest.mark.parametrize("lowest", (0.0, -1.0))
-def test_packing_waits_for_nothing(
-    case: tuple[str, dict[str, Any]], lowest: float, monkeypatch: pytest.MonkeyPatch
+def test_encoding_waits_twice(
+    case: tuple[str, dict[str, Any]], lowest: float, waits: list[str]
 ) -> None:
-    """So that finding the bounds and fetching the payload are the two waits."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    """For the bounds and for the payload, whatever there is in it."""
     name, options = case
     compressor = make(name, **options)
-    real = torch.rand(SHAPE).mul_(1 - lowest).add_(lowest)
-    real.view(-1)[:2] = torch.tensor([lowest, 1.0])
+    real = torch.rand(SHAPE).add_(lowest)
     frame = compressor.encode(real)
-    with FakeTensorMode():
-        flat = torch.empty(math.prod(SHAPE), device="cuda")
-        bounds = lowest, 1.0
-        params, parts = compressor.pack(flat, SHAPE, bounds, seed=0, training=True)
-    header, payload = wire.parse(frame)
-    assert params == header.params
-    assert all(part.is_cuda for part in parts if isinstance(part, torch.Tensor))
-    sizes = [part.nbytes for part in parts if isinstance(part, torch.Tensor)]
-    assert sum(sizes) == len(payload)
+    BOUNDS[:] = lowest, 1.0
+    with FakeTensorMode(), Crossings(waits):
+        encoded = compressor.encode(torch.empty(SHAPE, device="cuda"))
+    assert waits == ["bounds", "cuda to cpu"]
+    assert len(encoded) == len(frame)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("lowest", (0.0, -1.0))
 def test_decoding_waits_for_nothing(
-    case: tuple[str, dict[str, Any]], lowest: float, monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, dict[str, Any]], lowest: float, waits: list[str]
 ) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     name, options = case
     frame = make(name, **options).encode(torch.rand(SHAPE).add_(lowest))
-    with FakeTensorMode():
+    with FakeTensorMode(), Crossings(waits):
         decoded = decode(frame, device="cuda")
-        assert decoded.is_cuda and decoded.shape == SHAPE
+    assert decoded.is_cuda and decoded.shape == SHAPE
+    assert not waits
 
 
 @pytest.mark.parametrize("rows", (1, 6))

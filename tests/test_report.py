@@ -271,6 +271,17 @@ def test_runs_that_are_not_alike_are_not_averaged(tmp_path: Path) -> None:
         table1(tmp_path)
 
 
+def test_methods_that_differ_in_more_are_not_compared(tmp_path: Path) -> None:
+    synthetic(tmp_path / "none", [0.6], **{"optimizer.lr": 0.1, "cut": "shallow"})
+    other = {"compressor.name": "qu", "gradient_compressor.name": "qu", "cut": "deep"}
+    synthetic(tmp_path / "qu", [0.6], **{"optimizer.lr": 0.1, **other})
+    assert cell(tmp_path, 1) == "small_cnn, digits, 2 clients"
+    synthetic(tmp_path / "qu", [0.6], **{"optimizer.lr": 0.2, **other})
+    text = "deep, none and qu differ in optimizer.lr: 0.1, 0.2"
+    with pytest.raises(ReportError, match=text):
+        table1(tmp_path)
+
+
 def test_a_cut_takes_its_own_baseline_where_it_has_one(tmp_path: Path) -> None:
     synthetic(tmp_path / "shallow", [0.6])
     synthetic(tmp_path / "deep", [0.4, 0.6], cut="deep")

@@ -14,6 +14,8 @@ ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # others come after 
 CUTS = ("shallow", "medium", "deep")
 # Keys in which runs may differ that are averaged.
 _FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume")
+# Keys in which methods may differ besides.
+_METHOD = ("compressor.", "gradient_", "cut", "plugins")
 # What of the traffic counts: the paper's account, and two wider ones.
 ACCOUNTS = ("activations", "with labels", "everything")
 
@@ -109,8 +111,8 @@ def read_cells(folder: Path) -> Cells:
     Raises
     ------
     ReportError
-        If there are no runs, none without compression, or runs of one method that
-        differ in more than their seed.
+        If there are no runs, none without compression, runs of one method that
+        differ in more than their seed, or of two in more than how they send.
     """
     paths = sorted(folder.glob(f"**/{results.SUMMARY}"))
     runs = [read_run(path.parent) for path in paths]
@@ -132,7 +134,11 @@ def read_cells(folder: Path) -> Cells:
         first = next(iter(baselines[task].values()))
         found = {NONE: baselines[task].get(cut, first)} | places[task, cut]
         methods = sorted(found, key=lambda method: _rank(ORDER, method))
-        cells[task, cut] = {method: _alike(found[method]) for method in methods}
+        for method in methods:
+            _check_alike(found[method])
+            where = f"runs of {task}, {cut}, {NONE} and {method}"
+            _check_settings(found[NONE][0], found[method][0], _METHOD, where)
+        cells[task, cut] = {method: found[method] for method in methods}
     return cells
 
 
@@ -153,19 +159,23 @@ def methods_of(cells: Cells) -> list[str]:
     return sorted(there, key=lambda method: _rank(ORDER, method))
 
 
-def _alike(runs: list[Run]) -> list[Run]:
-    """Return runs that differ in their seeds alone; `ReportError` if they do not."""
+def _check_alike(runs: list[Run]) -> None:
+    """Raise `ReportError` unless runs differ in their seeds, and in these alone."""
     first, seeds = runs[0], Counter(run.seed for run in runs)
     where = f"runs of {first.task}, {first.cut}, {first.method}"
     for seed, number in seeds.items():
         if number > 1:
             raise ReportError(f"seed={seed}: {number} {where} have it")
     for run in runs:
-        for key in sorted(first.settings.keys() | run.settings.keys()):
-            values = first.settings.get(key), run.settings.get(key)
-            if values[0] != values[1]:
-                raise ReportError(f"{where} differ in {key}: {values[0]}, {values[1]}")
-    return runs
+        _check_settings(first, run, (), where)
+
+
+def _check_settings(a: Run, b: Run, free: tuple[str, ...], where: str) -> None:
+    """Raise `ReportError` if two runs differ in a key that begins with none of some."""
+    for key in sorted(a.settings.keys() | b.settings.keys()):
+        values = a.settings.get(key), b.settings.get(key)
+        if values[0] != values[1] and not key.startswith(free):
+            raise ReportError(f"{where} differ in {key}: {values[0]}, {values[1]}")
 
 
 def read_run(folder: Path) -> Run:

@@ -22,7 +22,8 @@ _NAMES = {
     "ec": "EC",
 }
 
-_PAPER = {  # 2-norm of the error at 3 to 8 bits; batch and cut are not stated
+_PAPER_BITS = range(3, 9)
+_PAPER = {  # 2-norm of the error at these; batch and cut are not stated
     "cifar10": {
         "ms": (504.4, 200.0, 90.6, 43.2, 21.0, 10.4),
         "qu": (512.7, 239.7, 115.0, 57.2, 28.3, 13.9),
@@ -85,37 +86,48 @@ def figure2(folder: Path) -> dict[str, str]:
     return {
         "figure2.csv": comma_separated([*columns, "bits", "error", "norm"], lines),
         "figure2.md": markdown(head, shown),
-        "paper.md": markdown(["network, data set, cut", "", *bits], _beside(measured)),
+        "paper.md": markdown(
+            ["network, data set, cut", "", *bits], _beside(measured, budgets)
+        ),
     }
 
 
-def _beside(measured: Sequence[Row]) -> list[list[str]]:
+def _beside(measured: Sequence[Row], budgets: Sequence[int]) -> list[list[str]]:
     """Return the 2-norm of the error of MS and how many times larger others' are.
 
     The paper's follow, of the data sets that are here.
     """
     lines = []
     for each in measured:
-        network, norms = each["network"], dict[str, dict[str, list[float]]]()
+        network = each["network"]
+        norms: dict[str, dict[tuple[str, int], float]] = {}
         for row in each["rows"]:
-            of_cut = norms.setdefault(row["cut"], {})
-            of_cut.setdefault(_series(row), []).append(row["norm"])
+            found = norms.setdefault(row["cut"], {})
+            found[_series(row), row["budget"]] = row["norm"]
         for cut, found in norms.items():
             place = f"{network['model']}, {network['dataset']}, {cut}"
-            lines += _over_ms(place, found)
+            lines += _over_ms(place, found, budgets)
     datasets = dict.fromkeys(each["network"]["dataset"] for each in measured)
-    for dataset in datasets:
-        if dataset in _PAPER:
-            lines += _over_ms(f"the paper's, {dataset}", _PAPER[dataset])
+    for dataset in [name for name in datasets if name in _PAPER]:
+        told = {
+            (method, bits): norm
+            for method, row in _PAPER[dataset].items()
+            for bits, norm in zip(_PAPER_BITS, row, strict=True)
+        }
+        lines += _over_ms(f"the paper's, {dataset}", told, budgets)
     return lines
 
 
-def _over_ms(place: str, norms: Mapping[str, Sequence[float]]) -> list[list[str]]:
-    lines = [[place, "MS, 2-norm", *(f"{norm:.4g}" for norm in norms["ms"])]]
+def _over_ms(
+    place: str, norms: Mapping[tuple[str, int], float], budgets: Sequence[int]
+) -> list[list[str]]:
+    """Return lines of MS and of what others have over it, by method and budget."""
+    shown = [f"{norms['ms', budget]:.4g}" for budget in budgets]
+    lines = [[place, "MS, 2-norm", *shown]]
     for method in ("qu", "sp", "rt"):
-        pairs = zip(norms[method], norms["ms"], strict=True)
-        ratios = [f"{norm / of_ms:.2f}" for norm, of_ms in pairs]
-        lines.append([place, f"{_NAMES[method]} / MS", *ratios])
+        ratios = (norms[method, budget] / norms["ms", budget] for budget in budgets)
+        line = [place, f"{_NAMES[method]} / MS", *(f"{each:.2f}" for each in ratios)]
+        lines.append(line)
     return lines
 
 
