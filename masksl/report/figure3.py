@@ -71,6 +71,8 @@ def draw_figure3(cells: Cells, path: Path) -> None:
             _draw(above, _losses(runs), colors[method])
             _draw(below, _accuracies(runs), colors[method])
         above.set(title=f"{task}\n{cut}", yscale="log")
+        above.yaxis.set_major_formatter("{x:g}")
+        above.yaxis.set_minor_formatter("{x:g}")
         below.set(xlabel="round")
     for row, kind in enumerate(("training loss", "top-1, %") * len(tasks)):
         grid[row][0].set_ylabel(kind)
