@@ -365,6 +365,8 @@ IN_README = {
     [
         ("figure2", "figure2_small"),
         ("runs", "cifar10_compressors"),
+        ("table1", "table1_small"),
+        ("figure3", "table1_small"),
     ],
 )
 def test_what_is_committed_comes_out_again(
