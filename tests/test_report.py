@@ -173,6 +173,15 @@ def test_runs_are_put_together_by_setting(sweep: Path) -> None:
     assert texts["runs.md"].splitlines()[0].startswith("| setting | seeds | top-1, % |")
 
 
+def test_runs_without_a_seed_in_their_place_are_settings(
+    sweep: Path, tmp_path: Path
+) -> None:
+    for name in ("ms", "qu"):
+        shutil.copytree(find(sweep, name, 1), tmp_path / name)
+    lines = runs(tmp_path)["runs.md"].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [["| ms", "1"], ["| qu", "1"]]
+
+
 def first_at(rows: list[dict[str, Any]], target: float) -> float | None:
     """Return after how many rounds a target is reached, looked for by hand."""
     for row in rows:
@@ -363,7 +372,9 @@ IN_README = {
 @pytest.mark.parametrize(
     ("report", "folder"),
     [
+        ("figure2", "figure2"),
         ("figure2", "figure2_small"),
+        ("runs", "figure2/runs"),
         ("runs", "cifar10_compressors"),
         ("table1", "table1_small"),
         ("figure3", "table1_small"),

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from masksl import results
-from masksl.report.tables import ReportError, comma_separated, markdown, spread
+from masksl.report.tables import (
+    ReportError,
+    comma_separated,
+    markdown,
+    spread,
+    with_spread,
+)
 
 _RUNS = {  # column: figure of a run, and how it is printed
     "top-1, %": (lambda s: 100 * s["top1"], ".2f"),
@@ -22,7 +28,8 @@ def runs(folder: Path) -> dict[str, str]:
     Parameters
     ----------
     folder : Path
-        Runs lie in it as ``<setting>/seed=<n>``, as a sweep leaves them.
+        Runs lie in it as ``<setting>/seed=<n>``, as a sweep leaves them; one that lies
+        otherwise is a setting of its own.
 
     Returns
     -------
@@ -36,22 +43,19 @@ def runs(folder: Path) -> dict[str, str]:
     """
     settings: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"**/{results.SUMMARY}")):
-        setting = path.parent.parent.relative_to(folder).as_posix()
+        run = path.parent
+        place = run.parent if run.name.startswith("seed=") else run
+        setting = place.relative_to(folder).as_posix()
         settings.setdefault(setting, []).append(results.read_summary(path.parent))
     if not settings:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     shown, figures = [], []
     for setting, summaries in settings.items():
         each = [[get(s) for s in summaries] for get, _ in _RUNS.values()]
-        spreads = [spread(values) for values in each]
-        cells = [
-            f"{mean:{form}} ± {deviation:{form}}"
-            for (mean, deviation), (_, form) in zip(
-                spreads, _RUNS.values(), strict=True
-            )
-        ]
+        forms = [form for _, form in _RUNS.values()]
+        cells = [with_spread(*pair) for pair in zip(each, forms, strict=True)]
         shown.append([setting.replace("|", "\\|"), str(len(summaries)), *cells])
-        flat = [f"{figure:.6g}" for pair in spreads for figure in pair]
+        flat = [f"{figure:.6g}" for values in each for figure in spread(values)]
         figures.append([setting, len(summaries), *flat])
     pairs = [name for column in _RUNS for name in (column, f"{column}, std")]
     return {
