@@ -105,7 +105,7 @@ def test_a_dry_run_of_the_full_list(data_root: Path, tmp_path: Path) -> None:
     overrides = (
         *("experiment=table1", "task=vgg19_cifar10", "seed=1", "cut=shallow,deep"),
         *("compressor=none,ms", "rounds=2", "dataset.limit=260", "threads.server=1"),
-        *("dataset.test_limit=50", f"dataset.root={data_root}"),
+        *("dataset.test_limit=50", f"dataset.root={data_root.resolve()}"),
     )
     for command in (
         ("masksl.main", "--multirun", *overrides),
