@@ -38,8 +38,10 @@ def number(value: float, like: torch.Tensor) -> torch.Tensor:
     """Return a number as a tensor to divide by, of the type and device of another.
 
     By a number that is none, GPUs multiply with its reciprocal, which rounds otherwise.
+    What is beyond the type becomes infinite.
     """
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    exact = torch.full((), value, dtype=torch.float64, device=like.device)
+    return exact.to(like.dtype)
 
 
 def sums_by(symbols: np.ndarray, magnitude: torch.Tensor, alphabet: int) -> np.ndarray:
