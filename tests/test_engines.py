@@ -37,7 +37,9 @@ def no_ray() -> None:
         ("client_sync=step",),
         ("client_sync=round",),
         ("client_sync=never",),
-        ("compressor=rt", "gradient_positions=kept"),
+        pytest.param(
+            ("compressor=rt", "gradient_positions=kept"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

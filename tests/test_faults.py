@@ -79,7 +79,9 @@ def test_too_few_clients_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     assert "round 1, training, step 1: client 1 failed and is left out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["ray", "flower"])
+@pytest.mark.parametrize(
+    "name", ["ray", pytest.param("flower", marks=pytest.mark.slow)]
+)
 def test_engines_agree_on_who_is_left_out(name: str, tmp_path: Path) -> None:
     rows = run(tmp_path, *FAULTY, f"engine={name}")
     local = untimed(train(*FAULTY).rows)

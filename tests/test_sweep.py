@@ -58,6 +58,8 @@ def break_off(folder: Path, rounds: int, signal_: signal.Signals) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell's "&" may have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:
         deadline = time.monotonic() + 240
         while begun(folder) < rounds:
