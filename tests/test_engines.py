@@ -191,7 +191,7 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
 
 def test_nothing_of_a_simulation_stays_behind(no_ray: None, tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
-    assert simulation_processes() == []
+    assert left_behind() == []
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,16 @@ def test_an_ended_run_leaves_no_process(
         assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
     finally:
         parent.kill()
+    assert left_behind() == []
+    assert "Traceback" not in output.read_text()
+
+
+def left_behind() -> list[str]:
+    """Return what of Ray's daemons and actors does not end within 15 seconds."""
     deadline = time.monotonic() + 15
     while (left := simulation_processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == []
-    assert "Traceback" not in output.read_text()
+    return left
 
 
 def simulation_processes() -> list[str]:
