@@ -894,7 +894,8 @@ class EntropyCodedQuantization(Compressor):
             return self._bits_of(quantizer, magnitude, shape, signed)
 
         aim = scalar.Aim(self.step, self.bits, self.error, self.deadzone)
-        quantizer = scalar.steer(work, magnitude, aim, cost)
+        largest = max(map(abs, bounds))
+        quantizer = scalar.steer(work, magnitude, largest, aim, cost)
         symbols = quantizer.symbols(magnitude)
         alphabet = int(symbols.amax()) + 1
         plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)

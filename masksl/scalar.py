@@ -166,6 +166,7 @@ class Aim:
 def steer(
     work: torch.Tensor,
     magnitude: torch.Tensor,
+    largest: float,
     aim: Aim,
     cost: Callable[[Quantizer], float],
 ) -> Quantizer:
@@ -177,12 +178,14 @@ def steer(
         float32 or float64, shape (d,): what is quantised.
     magnitude : torch.Tensor
         Its magnitudes; the same tensor where it has no negative values.
+    largest : float
+        The largest of them.
     aim : Aim
         What is asked for.
     cost : Callable[[Quantizer], float]
         What a quantiser costs, in bits an element; asked where a budget steers.
     """
-    largest = magnitude.amax().item() or 1.0
+    largest = largest or 1.0
     least = torch.finfo(work.dtype).tiny
     bounds = math.log(largest * 1e-12), math.log(largest * 4)
     error = 0.25 if aim.error is None else aim.error
