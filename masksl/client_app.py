@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from masksl import messages, model, seeds
+from masksl import model
 from masksl.compress import (
     Compressor,
     FrameError,
@@ -40,6 +40,7 @@ from masksl.halves import (
     Tensors,
     resolve_device,
 )
+from masksl.runtime import messages
 from masksl.settings import (
     RunConfig,
     Settings,
@@ -48,7 +49,7 @@ from masksl.settings import (
     parse,
     section,
 )
-from masksl.timing import Stopwatch
+from masksl.utils import Stopwatch, derive_seed
 
 app = ClientApp()
 
@@ -118,7 +119,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     run = RunConfig.of(settings)
     dataset = DatasetConfig(**section(settings, "dataset"))
     spec = DATASETS[dataset.name]
-    name, seed = str(settings["model.name"]), seeds.derive(run.seed, "model")
+    name, seed = str(settings["model.name"]), derive_seed(run.seed, "model")
     device = resolve_device(run.client_device)
     units = model.build(name, spec.classes, spec.channels, seed=seed)
     cut = model.resolve_cut(name, run.cut)
@@ -167,7 +168,7 @@ class Client:
 
     def seed(self, purpose: str, place: _Place) -> int:
         """Return the seed of one purpose at one place of the run."""
-        return seeds.derive(
+        return derive_seed(
             self.run.seed,
             purpose,
             client=self.number,

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl import entropy, planes, scalar, topk, wire
-from masksl.options import check_choice, check_number, check_sparsity, check_whole
-from masksl.planes import Bounds, NotFiniteError
-from masksl.wire import MAX_ELEMENTS, FrameError, Header
+from masksl.codec import entropy, planes, scalar, topk, wire
+from masksl.codec.options import check_choice, check_number, check_sparsity, check_whole
+from masksl.codec.planes import Bounds, NotFiniteError
+from masksl.codec.wire import MAX_ELEMENTS, FrameError, Header
 
 __all__ = [
     "COMPRESSORS",
@@ -840,7 +840,7 @@ class EntropyCodedQuantization(Compressor):
     symbol comes back as the mean (centroid) of its magnitudes, symbol 0 as zero where
     the tensor has negative values; these cost a bit of sign where the symbol is not 0.
     What lies beyond the last of 255 symbols is sent exactly. Symbols are coded by their
-    neighbours (`masksl.entropy`).
+    neighbours (`masksl.codec.entropy`).
 
     Parameters
     ----------

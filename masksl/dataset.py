@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from masksl import seeds
+from masksl.utils import derive_seed, seeded_generator
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "class")
 
@@ -345,7 +345,7 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
             f"the training samples of {config.name}"
         )
     order = torch.randperm(
-        len(labels), generator=seeds.generator(seed, "partition.order")
+        len(labels), generator=seeded_generator(seed, "partition.order")
     )
     table = Table.from_dict({"label": labels[order].tolist(), "index": order.tolist()})
     try:
@@ -433,7 +433,7 @@ def shards(samples: int, clients: int, seed: int) -> list[torch.Tensor]:
     list[torch.Tensor]
         For each client the int64 indices of its share; sizes differ by at most one.
     """
-    order = torch.randperm(samples, generator=seeds.generator(seed, "test"))
+    order = torch.randperm(samples, generator=seeded_generator(seed, "test"))
     return list(torch.tensor_split(order, clients))
 
 
@@ -459,7 +459,7 @@ def _partitioner(config: DatasetConfig, clients: int, labels: torch.Tensor, seed
     # pylint: disable-next=import-outside-toplevel
     from flwr_datasets import partitioner
 
-    drawn = seeds.derive(seed, "partition") % 2**32
+    drawn = derive_seed(seed, "partition") % 2**32
     classes = len(labels.unique())
     match config.partition:
         case "iid":

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from masksl import heap
+from masksl.utils import MANY_CLIENTS, trim_heap
 
 Tensors = dict[str, torch.Tensor]
 
@@ -105,7 +105,7 @@ class ComputeConfig:
         ``bfloat16``, PyTorch's autocast.
     channels_last : bool
         Whether images lie in memory with their channels last. Those of a step of more
-        than `heap.CROWD` clients do so on the CPU in any case: they are too many for
+        than `MANY_CLIENTS` clients do so on the CPU in any case: they are too many for
         its caches, and it computes faster then.
     compile : bool
         Whether the server half is compiled.
@@ -407,13 +407,13 @@ class ServerHalf:
         """
         self.module.train()
         sizes = [len(activation) for activation in activations]
-        crowded = len(sizes) > heap.CROWD
+        crowded = len(sizes) > MANY_CLIENTS
         beyond_caches = crowded and self.device.type == "cpu"
         config = ComputeConfig(channels_last=True) if beyond_caches else self._config
         batch = config.laid_out(torch.cat(activations)).requires_grad_(True)  # (n, ...)
         activations.clear()
         if crowded:
-            heap.trim()
+            trim_heap()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with self._compute(seed):

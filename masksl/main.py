@@ -17,11 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from masksl import config, dataset, engine, server_app
-from masksl.checkpoint import CheckpointError
 from masksl.config import ConfigError
 from masksl.dataset import DatasetConfig, DatasetError
 from masksl.engine import EngineError, Shared
-from masksl.messages import RunError
+from masksl.runtime.checkpoint import CheckpointError
+from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, parse, section
 
 GRACE = 2.0  # seconds that an interrupt has to end the run by itself

@@ -12,11 +12,9 @@ import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from masksl import checkpoint, config, model, seeds
-from masksl.checkpoint import CheckpointError
+from masksl import config, model
 from masksl.compress import make
 from masksl.config import ConfigError
-from masksl.console import ProgressBar, print_summary
 from masksl.dataset import DATASETS
 from masksl.halves import (
     ComputeConfig,
@@ -26,9 +24,12 @@ from masksl.halves import (
     describe,
     resolve_device,
 )
-from masksl.ledger import Ledger, Link, compression_factor
-from masksl.messages import ACTIVATION, RunError
-from masksl.results import SUMMARY, RunFolder, read_config, read_summary
+from masksl.runtime import checkpoint
+from masksl.runtime.checkpoint import CheckpointError
+from masksl.runtime.console import ProgressBar, print_summary
+from masksl.runtime.ledger import Ledger, Link, compression_factor
+from masksl.runtime.messages import ACTIVATION, RunError
+from masksl.runtime.results import SUMMARY, RunFolder, read_config, read_summary
 from masksl.settings import (
     RunConfig,
     Settings,
@@ -38,6 +39,7 @@ from masksl.settings import (
     section,
 )
 from masksl.strategy import SharedHalf, SplitLearning, State
+from masksl.utils import derive_seed
 
 AUTO = "auto"  # resume: go on with what is in the run's own folder
 PATIENCE = 60.0  # seconds that clients have to appear
@@ -213,7 +215,7 @@ def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
     """Build both halves from the seed and the strategy around them."""
     run_config = RunConfig.of(settings)
     spec = DATASETS[str(settings["dataset.name"])]
-    name, seed = str(settings["model.name"]), seeds.derive(run_config.seed, "model")
+    name, seed = str(settings["model.name"]), derive_seed(run_config.seed, "model")
     units = model.build(name, spec.classes, spec.channels, seed=seed)
     client, server = model.split(units, model.resolve_cut(name, run_config.cut))
     optimizer = OptimizerConfig(**section(settings, "optimizer"))

@@ -14,7 +14,6 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from masksl import messages, seeds
 from masksl.compress import (
     Compressor,
     FrameError,
@@ -31,10 +30,11 @@ from masksl.halves import (
     apply_gradients,
     average,
 )
-from masksl.ledger import Entry, Ledger, Traffic, compression_factor
-from masksl.messages import RunError
+from masksl.runtime import messages
+from masksl.runtime.ledger import Entry, Ledger, Traffic, compression_factor
+from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, checkpoint_due
-from masksl.timing import Stopwatch
+from masksl.utils import Stopwatch, derive_seed, seeded_generator
 
 TRAINING = "training"
 EVALUATION = "evaluation"
@@ -514,7 +514,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
     def sample(self, round_: int) -> list[ClientInfo]:
         """Return the clients that take part in a round, by partition."""
         count = max(1, round(self.run.fraction * len(self.clients)))
-        generator = seeds.generator(self.run.seed, "sample", round=round_)
+        generator = seeded_generator(self.run.seed, "sample", round=round_)
         drawn = torch.randperm(len(self.clients), generator=generator)[:count]
         return [self.clients[number] for number in sorted(drawn.tolist())]
 
@@ -864,7 +864,7 @@ class SplitLearning(Strategy):  # pylint: disable=too-many-instance-attributes
 
     def _derive(self, purpose: str, client: int, step: int) -> int:
         number = self._round.number
-        return seeds.derive(
+        return derive_seed(
             self.run.seed, purpose, client=client, round=number, step=step
         )
 

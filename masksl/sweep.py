@@ -18,8 +18,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from masksl import main, results, server_app
+from masksl import main, server_app
 from masksl.config import ConfigError
+from masksl.runtime import results
 
 POLL = 0.2  # seconds between two looks at the processes
 PATIENCE = 15.0  # seconds that an interrupted run has to end by itself

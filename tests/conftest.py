@@ -16,9 +16,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from masksl import client_app, config, dataset, messages, server_app
+from masksl import client_app, config, dataset, server_app
 from masksl.dataset import Spec, TensorImages
 from masksl.engine.local import LocalGrid, open_grid
+from masksl.runtime import messages
 from masksl.settings import Settings, flatten
 from masksl.strategy import SplitLearning
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from masksl import client_app, messages
+from masksl import client_app
+from masksl.runtime import messages
 
 FAULTS = {("forward", 1, 1, 1), ("backward", 2, 0, 2), ("evaluate", 2, 0, 0)}
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masksl import wire
+from masksl.codec import wire
 from masksl.compress import (
     COMPRESSORS,
     FloatQuantization,

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masksl import topk
+from masksl.codec import topk
 from masksl.compress import COMPRESSORS, decode, make
 
 SHAPE = (8, 16, 6, 6)

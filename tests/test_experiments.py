@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from masksl import dataset, halves, main, results
+from masksl import dataset, halves, main
 from masksl.dataset import DATASETS, TensorImages
 from masksl.halves import ComputeConfig
+from masksl.runtime import results
 from tests.conftest import ROOT, settings_of
 from tests.test_dataset import make_imagenet, make_tiny_imagenet
 

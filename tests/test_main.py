@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from masksl import results
+from masksl.runtime import results
 from tests.conftest import ROOT, settings_of
 
 QUICK = ("engine=local", "rounds=2", "clients=3", "dataset.limit=160")

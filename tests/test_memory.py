@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from masksl.compress import make
+from tests.codec.test_frames import memory
 from tests.conftest import ROOT
-from tests.test_frames import memory
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),

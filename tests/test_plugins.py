@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from masksl import results
 from masksl.engine import ENGINES
+from masksl.runtime import results
 from tests.conftest import ROOT
 
 MODULE = '''
@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from masksl import wire
+from masksl.codec import wire
 from masksl.compress import Compressor, register
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from masksl import results
 from masksl.report.figure3 import figure3
 from masksl.report.table1 import table1
+from masksl.runtime import results
 from masksl.sweep import Job, run
 from tests.conftest import ROOT, processes
 

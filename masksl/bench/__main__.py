@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from masksl.bench import activations, compress
-from masksl.checkpoint import CheckpointError
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
+from masksl.runtime.checkpoint import CheckpointError
 
 
 def main() -> None:

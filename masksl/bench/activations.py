@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from masksl import checkpoint, model, seeds
-from masksl.checkpoint import CheckpointError
+from masksl import model
 from masksl.compress import decode, make
 from masksl.dataset import DATASETS, DatasetConfig, load
+from masksl.runtime import checkpoint
+from masksl.runtime.checkpoint import CheckpointError
+from masksl.utils import seeded_generator
 
 HELD_OUT = 256  # images, the first ones
 BATCH = 100
@@ -73,7 +75,7 @@ def train(network: Network, root: str) -> tuple[model.Units, torch.Tensor, int]:
     optimizer = torch.optim.SGD(
         whole.parameters(), lr=network.lr, momentum=0.9, weight_decay=5e-4
     )
-    draws = seeds.generator(0, "briefly trained")
+    draws = seeded_generator(0, "briefly trained")
     rest = len(data.train.labels) - HELD_OUT
     order = HELD_OUT + torch.randperm(rest, generator=draws)[: network.images]
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator

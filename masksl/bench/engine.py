@@ -29,12 +29,14 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from masksl import dataset, engine, main, messages, model, seeds, server_app
+from masksl import dataset, engine, main, model, server_app
 from masksl.compress import make
 from masksl.halves import OptimizerConfig
 from masksl.modules import CompressedCut
-from masksl.results import read_rows
+from masksl.runtime import messages
+from masksl.runtime.results import read_rows
 from masksl.settings import RunConfig, Settings, section
+from masksl.utils import derive_seed, seeded_generator
 
 LONG = 5.0  # seconds from which FEW exchanges are enough
 FEW = 3
@@ -277,7 +279,7 @@ def bare_steps(*overrides: str) -> dict[str, Any]:
     spec = data.spec
     name = str(settings["model.name"])
     units = model.build(
-        name, spec.classes, spec.channels, seed=seeds.derive(seed, "model")
+        name, spec.classes, spec.channels, seed=derive_seed(seed, "model")
     )
     halves = model.split(
         units, model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
@@ -298,7 +300,7 @@ def bare_steps(*overrides: str) -> dict[str, Any]:
         began = time.perf_counter()
         samples = 0
         for step in range(steps):
-            generator = seeds.generator(seed, "bench", round=number, step=step)
+            generator = seeded_generator(seed, "bench", round=number, step=step)
             indices = torch.cat([p[step * batch_size :][:batch_size] for p in parts])
             images, labels = data.train_batch(indices, generator)
             torch.set_num_threads(client)

@@ -27,7 +27,6 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 from ray.exceptions import RayError, RayTaskError
 
-from masksl import heap
 from masksl.engine import EngineError, Shared
 from masksl.engine.nodes import (
     CallGrid,
@@ -38,6 +37,7 @@ from masksl.engine.nodes import (
     run_ids,
     serve,
 )
+from masksl.utils import MANY_CLIENTS, trim_heap
 
 PATIENCE = 180.0  # seconds that hosts have to start
 KNOCK = 5.0  # seconds that a cluster has to answer
@@ -256,8 +256,8 @@ class Host:
             else:
                 errors.append(None)
                 contents.append(reply.content)
-        if len(heads) > heap.CROWD:
-            heap.trim()
+        if len(heads) > MANY_CLIENTS:
+            trim_heap()
         return errors, pack(contents)
 
 

@@ -12,7 +12,7 @@ from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
 from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
-from masksl.results import collect
+from masksl.runtime.results import collect
 
 REPORTS = {"runs": runs, "table1": table1, "figure2": figure2, "figure3": figure3}
 

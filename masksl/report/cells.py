@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masksl import results
 from masksl.report.tables import ReportError
+from masksl.runtime import results
 
 NONE = "none"
 ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # others come after these

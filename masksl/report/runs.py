@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from masksl import results
 from masksl.report.tables import (
     ReportError,
     comma_separated,
@@ -11,6 +10,7 @@ from masksl.report.tables import (
     spread,
     with_spread,
 )
+from masksl.runtime import results
 
 _RUNS = {  # column: figure of a run, and how it is printed
     "top-1, %": (lambda s: 100 * s["top1"], ".2f"),

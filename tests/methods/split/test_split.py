@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from masksl import client_app, compress, config, dataset, halves, model, seeds
+from masksl import client_app, compress, config, dataset, halves, model
 from masksl.client_app import _Place
 from masksl.compress import decode
 from masksl.halves import OptimizerConfig, ScheduleConfig
+from masksl.utils import derive_seed
 from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
 
 UNSPLIT = (
@@ -54,7 +55,7 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
     settings = training.strategy.settings
     seed = int(settings["seed"])
     units = model.build(
-        str(settings["model.name"]), 10, 3, seed=seeds.derive(seed, "model")
+        str(settings["model.name"]), 10, 3, seed=derive_seed(seed, "model")
     )
     network = nn.Sequential(*units).train()
     optimizer = training.strategy.optimizer.make(list(network.parameters()))
@@ -63,7 +64,7 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
     for step in range(steps):
         images, labels = training.client(0).train_batch(_Place(1, step))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(seed, "dropout.server", round=1, step=step))
+            torch.manual_seed(derive_seed(seed, "dropout.server", round=1, step=step))
             loss = functional.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -133,7 +134,7 @@ def union_reference(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train the whole network on the union of the clients' batches."""
     strategy = training.strategy
-    seed = seeds.derive(int(strategy.settings["seed"]), "model")
+    seed = derive_seed(int(strategy.settings["seed"]), "model")
     network = nn.Sequential(*model.build("plain_cnn", 10, 3, seed=seed))
     optimizer = strategy.optimizer.make(list(network.parameters()))
     for group in optimizer.param_groups:

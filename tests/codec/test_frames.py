@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from masksl import wire
+from masksl.codec import wire
 from masksl.compress import (
     COMPRESSORS,
     FrameError,
@@ -19,7 +19,7 @@ from masksl.compress import (
     kept_positions,
     make,
 )
-from tests.test_wire import reseal
+from tests.codec.test_wire import reseal
 
 CASES = [
     ("none", {}),

@@ -35,7 +35,9 @@ import numpy as np
 import torch
 
 if sys.byteorder != "little":  # pragma: no cover
-    raise ImportError("masksl.wire packs symbols in place: little-endian hosts only")
+    raise ImportError(
+        "masksl.codec.wire packs symbols in place: little-endian hosts only"
+    )
 
 MAGIC = b"MSKL"
 VERSION = 1

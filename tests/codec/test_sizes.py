@@ -15,7 +15,7 @@ import pytest
 import torch
 import zstandard
 
-from masksl import wire
+from masksl.codec import wire
 from masksl.compress import COMPRESSORS, decode, make, options_of
 
 Case = tuple[str, dict[str, Any]]

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from masksl import checkpoint, main, results
-from masksl.checkpoint import CheckpointError
+from masksl import main
 from masksl.config import ConfigError
+from masksl.runtime import checkpoint, results
+from masksl.runtime.checkpoint import CheckpointError
 from tests.conftest import ROOT, processes, settings_of, untimed
 
 SMALL = ("rounds=4", "clients=3", "dataset.limit=130", "dataset.test_limit=40")
@@ -40,7 +41,7 @@ def run_until(folder: Path, last: int, *overrides: str) -> None:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("masksl.console.ProgressBar.on_step", stop)
+        patch.setattr("masksl.runtime.console.ProgressBar.on_step", stop)
         with pytest.raises(Stop):
             run(folder, *overrides)
 

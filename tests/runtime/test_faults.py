@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import ray
 
-from masksl import client_app, main, results
+from masksl import client_app, main
 from masksl.engine import ray as engine
-from masksl.messages import RunError
+from masksl.runtime import results
+from masksl.runtime.messages import RunError
 from tests.conftest import prepare, settings_of, train, untimed
 
 SMALL = ("rounds=3", "clients=4", "dataset.limit=184", "dataset.test_limit=40")
@@ -167,7 +168,7 @@ def test_a_host_killed_between_rounds_changes_nothing(
             os.kill(grids[0].pids()[row["round"] - 1], signal.SIGKILL)
 
     monkeypatch.setattr(engine.RayGrid, "__init__", remember)
-    monkeypatch.setattr("masksl.console.ProgressBar.on_round", kill)
+    monkeypatch.setattr("masksl.runtime.console.ProgressBar.on_round", kill)
     rows = run(tmp_path, *SMALL, "engine=ray")
     assert rows == untimed(train(*SMALL).rows)
     events = (tmp_path / results.EVENTS).read_text().splitlines()

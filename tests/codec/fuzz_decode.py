@@ -26,7 +26,8 @@ from unittest import mock
 import atheris
 
 with atheris.instrument_imports(include=["masksl"]):
-    from masksl import compress, entropy
+    from masksl import compress
+    from masksl.codec import entropy
 
 import torch
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from masksl import entropy, topk, wire
-from masksl.wire import FrameError
+from masksl.codec import entropy, topk, wire
+from masksl.codec.wire import FrameError
 
 Bounds = tuple[float, float]  # least and largest element of a tensor
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from masksl import compress, messages
+from masksl import compress
 from masksl.compress import FrameError, make
-from masksl.ledger import Entry, Ledger, Link
+from masksl.runtime import messages
+from masksl.runtime.ledger import Entry, Ledger, Link
 from tests.conftest import Training, train
 
 # 103 samples over 2 clients (52 and 51), batches of 25: tails of 2 and of 1, which

@@ -14,9 +14,10 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from ray.cluster_utils import Cluster
 
-from masksl import config, main, messages, results
+from masksl import config, main
 from masksl.engine import EngineError, Shared
 from masksl.engine import ray as engine
+from masksl.runtime import messages, results
 from masksl.settings import section
 from tests.conftest import ROOT, processes, settings_of, train, untimed
 

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from masksl import main as training
-from masksl import results
 from masksl.bench import activations
-from masksl.checkpoint import CheckpointError
 from masksl.dataset import DatasetConfig, load
 from masksl.report.__main__ import REPORTS, main
 from masksl.report.cells import ACCOUNTS
@@ -22,6 +20,8 @@ from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
 from masksl.report.table1 import progress, table1
 from masksl.report.tables import ReportError
+from masksl.runtime import results
+from masksl.runtime.checkpoint import CheckpointError
 from tests.conftest import ROOT, settings_of
 from tests.test_main import QUICK, masksl
 

@@ -13,10 +13,11 @@ import zstandard
 from hypothesis import strategies as st
 from torch import nn
 
-from masksl import dataset, entropy, model, wire
+from masksl import dataset, model
+from masksl.codec import entropy, wire
+from masksl.codec.wire import FrameError
 from masksl.compress import decode, make
-from masksl.wire import FrameError
-from tests.test_sizes import before_plane, fields_of
+from tests.codec.test_sizes import before_plane, fields_of
 
 
 def smooth(shape: tuple[int, ...], seed: int = 0, signed: bool = False) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masksl import wire
+from masksl.codec import wire
 from masksl.compress import COMPRESSORS, decode, make
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from masksl import compress, wire
+from masksl import compress
+from masksl.codec import wire
 from masksl.compress import FrameError
-from masksl.ledger import Entry
+from masksl.runtime.ledger import Entry
 
 HELLO = "query.hello"
 SAVE = "query.save"

@@ -11,8 +11,9 @@ import pytest
 import ray
 import torch
 
-from masksl import client_app, compress, engine, main, messages, results, server_app
-from masksl.messages import RunError
+from masksl import client_app, compress, engine, main, server_app
+from masksl.runtime import messages, results
+from masksl.runtime.messages import RunError
 from masksl.settings import Settings
 from tests.conftest import ROOT, processes, settings_of, untimed
 

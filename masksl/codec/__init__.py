@@ -1,0 +1,1 @@
+"""What compressors are made of: frames, bits, planes, coders. No Flower."""
