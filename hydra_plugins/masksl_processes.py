@@ -1,6 +1,7 @@
-"""Hydra launcher: the runs of a sweep as processes of their own.
+"""Hydra launcher that runs the jobs of a sweep as separate processes.
 
-Hydra looks for plugins in packages of this name alone; the work is in `masksl.sweep`.
+Hydra searches for plugins only in packages called ``hydra_plugins``. The implementation
+is in `masksl.sweep`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class ProcessLauncher(Launcher):
-    """Runs ``jobs`` processes at a time; what was finished before is not repeated.
+    """Launcher that runs ``jobs`` processes at the same time and skips finished runs.
 
     Parameters
     ----------
     jobs : int
-        Processes at a time.
+        Number of processes at the same time.
     minutes : float | None
-        After so many no run is begun, and those at work are interrupted.
+        Time limit. After it no run is started and the running ones are interrupted.
     once : Mapping[str, str]
-        A key by an override: of runs with the override that differ in the value of this
-        key alone, only the first is run.
+        Keys by override. Among the runs that have the override and differ only in the
+        value of the key, only the first is run.
     """
 
     def __init__(
@@ -40,14 +41,15 @@ class ProcessLauncher(Launcher):
         task_function: TaskFunction,
         config: DictConfig,
     ) -> None:
-        """Take what Hydra knows of the sweep."""
+        """Keep the configuration of the sweep and the context that composes its
+        runs."""
         del task_function
         self._config, self._context = config, hydra_context
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run a sweep; exits with status 1 where a run fails."""
+        """Run a sweep; see `masksl.sweep.run` for how it ends."""
         # Imported here: Hydra imports this module in every run.
         # pylint: disable-next=import-outside-toplevel
         from masksl import sweep
@@ -59,21 +61,21 @@ class ProcessLauncher(Launcher):
         hydra_overrides = list(self._config.hydra.overrides.hydra)
         folder = Path(self._config.hydra.sweep.dir).absolute()
         jobs = []
-        for each in self._chosen(job_overrides):
-            overrides = [*each, "resume=auto"]
+        for chosen in self._chosen(job_overrides):
+            overrides = [*chosen, "resume=auto"]
             composed = self._context.config_loader.load_sweep_config(
                 self._config, overrides
             )
             name = composed.hydra.sweep.subdir
-            ours = [str(key) for key in composed if key != "hydra"]
-            composed = OmegaConf.masked_copy(composed, ours)
+            keys = [str(key) for key in composed if key != "hydra"]
+            composed = OmegaConf.masked_copy(composed, keys)
             arguments = [*hydra_overrides, *overrides]
             jobs.append(sweep.Job(name, composed, arguments, folder / name))
         sweep.run(jobs, folder, self._jobs, self._minutes)
         return []
 
     def _chosen(self, sweep: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
-        """Yield the overrides of the runs, without those that ``once`` leaves out."""
+        """Yield the overrides of the runs that ``once`` does not exclude."""
         seen: set[frozenset[str]] = set()
         for overrides in sweep:
             for override, key in self._once.items():

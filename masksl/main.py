@@ -10,7 +10,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,11 +20,12 @@ from masksl import config, dataset, engine, server_app
 from masksl.config import ConfigError
 from masksl.dataset import DatasetConfig, DatasetError
 from masksl.engine import EngineError, Shared
+from masksl.engine.options import ENGINES
 from masksl.runtime.checkpoint import CheckpointError
 from masksl.runtime.messages import RunError
-from masksl.settings import RunConfig, Settings, flatten, parse, section
+from masksl.settings import RunConfig, Settings, flatten, read
 
-GRACE = 2.0  # seconds that an interrupt has to end the run by itself
+GRACE = 2.0  # seconds between an interrupt and the end of the process
 CLIENT_APP = "masksl.client_app:app"
 ERRORS = (CheckpointError, ConfigError, DatasetError, EngineError, RunError)
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def settings_of(composed: DictConfig) -> Settings:
-    """Return a composed Hydra configuration as checked settings.
+    """Check a composed Hydra configuration and return it as settings.
 
     Parameters
     ----------
@@ -48,8 +49,8 @@ def settings_of(composed: DictConfig) -> Settings:
     settings = flatten(OmegaConf.to_container(composed, resolve=True))  # type: ignore
     config.check(settings)
     for key in ("dataset.root", "resume"):
-        if (path := parse(settings[key])) not in (None, server_app.AUTO):
-            settings[key] = str(Path(path).absolute())
+        if settings[key] not in ("null", server_app.AUTO):
+            settings[key] = str(Path(str(settings[key])).absolute())
     if not _is_pinned(settings):
         dataset.partition(*division(settings))
     return settings
@@ -68,32 +69,37 @@ def run(settings: Settings, folder: Path) -> None:
     if server_app.is_finished(settings, folder):
         logger.info("%s: finished before, and not repeated", folder)
         return
-    server_app.saved_state(settings, folder)  # what is wrong with it, at once
+    server_app.saved_state(settings, folder)  # errors come before the engine starts
     engine.run(
         str(settings["engine.name"]),
         partial(server_app.build, settings, folder),
         CLIENT_APP,
         clients=int(settings["clients"]),
-        options=section(settings, "engine"),
+        options=engine_options(settings),
         shared=shared(settings),
     )
 
 
+def engine_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of the engine."""
+    return dict(read(ENGINES[str(settings["engine.name"])], settings, "engine"))
+
+
 def shared(settings: Settings) -> Shared:
-    """Return the data set as what the processes of a run have in common."""
+    """Return the data set, to be loaded once for all processes of a run."""
     return Shared(partial(dataset.share, *division(settings)), "masksl.dataset:adopt")
 
 
 def division(settings: Settings) -> tuple[DatasetConfig, int, int]:
-    """Return what `masksl.dataset.partition` takes: data set, clients, seed."""
+    """Return the arguments of `masksl.dataset.partition`: data set, clients, seed."""
     run_config = RunConfig.of(settings)
-    data = DatasetConfig(**section(settings, "dataset"))
+    data = read(DatasetConfig, settings, "dataset")
     return data, run_config.clients, run_config.seed
 
 
 def _is_pinned(settings: Settings) -> bool:
-    """Tell whether the clients' data are on machines of their own."""
-    return bool(parse(settings.get("engine.pin", "null")))
+    """Return whether the clients' data are on machines of their own."""
+    return settings.get("engine.pin", "null") not in ("null", "[]")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="base")
@@ -114,7 +120,7 @@ def main(composed: DictConfig) -> None:
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """Raise KeyboardInterrupt; end soon all the same where something swallows it."""
+    """Raise KeyboardInterrupt; end the process if a library suppresses it."""
     guard = threading.Timer(GRACE, _end)
     guard.daemon = True
     guard.start()
@@ -128,7 +134,7 @@ def _end() -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """End at once: Python alone takes seconds to take its modules down."""
+    """End at once: Python takes seconds to finalise its modules."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

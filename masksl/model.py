@@ -1,4 +1,4 @@
-"""Networks as lists of units, where they may be cut, and the two halves of a cut.
+"""Networks as lists of units, their named cuts, and the two halves of a cut.
 
 A unit is one indivisible piece of a network in forward order. The client keeps the
 first ``cut`` units, the server the others.
@@ -15,24 +15,25 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import make_layers
 
 Units = list[nn.Module]
+"""A network: its units in forward order."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of a network before it is built.
+    """A network, described before it is built.
 
     Parameters
     ----------
     build : Callable[[int, int], list[nn.Module]]
-        Makes the units from the number of classes and of input channels.
+        Returns the units, given the number of classes and of input channels.
     units : int
-        How many these are.
+        Number of units.
     cuts : dict[str, int]
-        Units that the client keeps at the named cuts.
+        Number of units of the client, by the name of the cut.
     image_sizes : tuple[int, ...]
-        Heights (and widths) of images that it takes; empty if any from 8 on.
+        Supported heights, equal to the widths; empty if all from 8 on are.
     channels : tuple[int, ...]
-        Numbers of input channels that it takes.
+        Supported numbers of input channels.
     """
 
     build: Callable[[int, int], Units]
@@ -54,12 +55,13 @@ def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
     channels : int
         Channels of the images.
     seed : int
-        The weights follow from it alone; PyTorch's global generator is left as it was.
+        Seed of the weights. PyTorch's global generator is not changed.
 
     Returns
     -------
     list[nn.Module]
-        The units in forward order: (B, channels, H, W) to logits (B, classes).
+        The units in forward order; together they map float32 images of shape
+        (B, channels, H, W) to logits of shape (B, classes).
     """
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -67,7 +69,7 @@ def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
 
 
 def resolve_cut(name: str, cut: int | str) -> int:
-    """Return how many units the client keeps.
+    """Return the number of units of the client.
 
     Parameters
     ----------
@@ -79,7 +81,7 @@ def resolve_cut(name: str, cut: int | str) -> int:
     Raises
     ------
     ValueError
-        If the cut lies outside the network or has another name.
+        If the network has no such cut.
     """
     architecture = ARCHITECTURES[name]
     units = None
@@ -103,7 +105,12 @@ def split(units: Units, cut: int) -> tuple[nn.Sequential, nn.Sequential]:
     units : list[nn.Module]
         A whole network.
     cut : int
-        How many units the client keeps, at least 1 and fewer than all.
+        Number of units of the client, at least 1 and fewer than all.
+
+    Raises
+    ------
+    ValueError
+        If a half would be empty.
     """
     if not 1 <= cut < len(units):
         raise ValueError(f"cut={cut!r}: must be from 1 to {len(units) - 1}")
@@ -113,14 +120,16 @@ def split(units: Units, cut: int) -> tuple[nn.Sequential, nn.Sequential]:
 def activation_shape(
     client: nn.Sequential, channels: int, size: int, device: torch.device
 ) -> tuple[int, ...]:
-    """Return the shape of a sample's activation, without the batch.
+    """Return the shape of the activation of one sample, without the batch dimension.
 
     Parameters
     ----------
     client : nn.Sequential
-        Client half, on ``device``; it is left as it was.
+        Client half, on ``device``; its mode is restored afterwards.
     channels, size : int
-        Images are (channels, size, size).
+        Images have the shape (channels, size, size).
+    device : torch.device
+        Device of the client half.
     """
     training = client.training
     with torch.no_grad():
@@ -134,13 +143,14 @@ def activation_shape(
 
 
 def _small_cnn(classes: int, channels: int) -> Units:
-    """Three convolutions: (B, channels, H, W) from 8x8 on, about 225,000 weights."""
+    """Return three convolutions and a head, about 225,000 weights, for 8x8 on."""
     widths = [channels, 64, 128, 128]
     units: Units = [
         nn.Sequential(
             nn.Conv2d(before, after, 3, padding=1, bias=False),
             nn.BatchNorm2d(after),
-            nn.MaxPool2d(2),  # before the ReLU: the same, with a quarter of it to do
+            # Pooling first gives the same result, and the ReLU has a quarter to do.
+            nn.MaxPool2d(2),
             nn.ReLU(inplace=True),
         )
         for before, after in pairwise(widths)
@@ -149,34 +159,19 @@ def _small_cnn(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*head)]
 
 
-# Widths of VGG19's convolutions; M is a pooling.
 _VGG19_LAYERS: list[int | str] = [
-    64,
-    64,
-    "M",
-    128,
-    128,
-    "M",
-    256,
-    256,
-    256,
-    256,
-    "M",
-] + 2 * [  # type: ignore[assignment]
-    512,
-    512,
-    512,
-    512,
-    "M",
+    *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
+    *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
 ]
+"""Output channels of VGG19's convolutions; M is a pooling."""
 
 
 def _vgg19(classes: int, channels: int) -> Units:
-    """VGG19 with BatchNorm for (B, 3, 32, 32): 16 convolutions and the classifier."""
+    """Return VGG19 with BatchNorm for 32x32: 16 convolutions and the classifier."""
     del channels
     units: list[list[nn.Module]] = []
     for layer in make_layers(_VGG19_LAYERS, batch_norm=True):
-        if isinstance(layer, nn.Conv2d):  # begins a unit; a pooling closes it
+        if isinstance(layer, nn.Conv2d):  # starts a unit; a pooling belongs to it
             units.append([])
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
@@ -199,6 +194,7 @@ def _vgg19(classes: int, channels: int) -> Units:
 
 
 def _resnet_units(network: ResNet, stem: nn.Sequential) -> Units:
+    """Return the units of a ResNet with another stem."""
     stages = (network.layer1, network.layer2, network.layer3, network.layer4)
     blocks = [block for stage in stages for block in stage]
     head = nn.Sequential(network.avgpool, nn.Flatten(), network.fc)
@@ -206,14 +202,14 @@ def _resnet_units(network: ResNet, stem: nn.Sequential) -> Units:
 
 
 def _small_stem(width: int = 64) -> nn.Sequential:
-    """3x3 convolution without pooling, for images of 32x32 and 64x64."""
+    """Return a stem without pooling, for images of 32x32 and 64x64."""
     conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
 def _resnet8(classes: int, channels: int) -> Units:
-    """ResNet8 for (B, 3, 32, 32): stem, 3 residual blocks, head, 16 to 64 channels."""
+    """Return ResNet8 for 32x32: stem, 3 residual blocks, head, 16 to 64 channels."""
     del channels
     units: Units = [_small_stem(16)]
     for before, after in ((16, 16), (16, 32), (32, 64)):
@@ -234,13 +230,13 @@ def _resnet8(classes: int, channels: int) -> Units:
 
 
 def _resnet18(classes: int, channels: int) -> Units:
-    """ResNet18 for (B, 3, 32, 32): stem, 8 residual blocks, head."""
+    """Return ResNet18 for 32x32: stem, 8 residual blocks, head."""
     del channels
     return _resnet_units(resnet18(num_classes=classes), _small_stem())
 
 
 def _resnet34(classes: int, channels: int) -> Units:
-    """ResNet34 for (B, 3, 224, 224): stem with pooling, 16 residual blocks, head."""
+    """Return ResNet34 for 224x224: stem with pooling, 16 residual blocks, head."""
     del channels
     network = resnet34(num_classes=classes)
     stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
@@ -248,7 +244,7 @@ def _resnet34(classes: int, channels: int) -> Units:
 
 
 def _resnet34_64(classes: int, channels: int) -> Units:
-    """ResNet34 for (B, 3, 64, 64): 3x3 stem, 16 residual blocks, head."""
+    """Return ResNet34 for 64x64: 3x3 stem, 16 residual blocks, head."""
     del channels
     return _resnet_units(resnet34(num_classes=classes), _small_stem())
 
@@ -267,4 +263,4 @@ ARCHITECTURES = {
     "resnet34": Architecture(_resnet34, 18, _RESNET34_CUTS, (224,)),
     "resnet34_64": Architecture(_resnet34_64, 18, _RESNET34_CUTS, (64,)),
 }
-"""Every network by its name."""
+"""Every network by its name; plugins add theirs."""

@@ -3,8 +3,8 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,35 @@ import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from masksl import config, model
-from masksl.compress import make
+from masksl import config
 from masksl.config import ConfigError
-from masksl.dataset import DATASETS
-from masksl.halves import (
-    ComputeConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    ServerHalf,
-    describe,
-    resolve_device,
-)
+from masksl.methods import method_of
+from masksl.methods.base import State
 from masksl.runtime import checkpoint
 from masksl.runtime.checkpoint import CheckpointError
+from masksl.runtime.clients import ClientManager
 from masksl.runtime.console import ProgressBar, print_summary
-from masksl.runtime.ledger import Ledger, Link, compression_factor
-from masksl.runtime.messages import ACTIVATION, RunError
-from masksl.runtime.results import SUMMARY, RunFolder, read_config, read_summary
+from masksl.runtime.ledger import Ledger, Link
+from masksl.runtime.messages import RunError
+from masksl.runtime.results import (
+    METRICS,
+    SUMMARY,
+    RunFolder,
+    read_config,
+    read_summary,
+)
 from masksl.settings import (
+    CheckpointConfig,
     RunConfig,
     Settings,
-    checkpoint_due,
     import_plugins,
-    parse,
-    section,
+    read,
 )
-from masksl.strategy import SharedHalf, SplitLearning, State
-from masksl.utils import derive_seed
+from masksl.strategy import Observer, RoundStrategy
 
-AUTO = "auto"  # resume: go on with what is in the run's own folder
-PATIENCE = 60.0  # seconds that clients have to appear
+AUTO = "auto"  # value of resume: continue in the run's own folder
+PATIENCE = 60.0  # seconds that clients have to connect
+FLWR_RUN = "engine=flower"  # first override of a run that Flower itself started
 
 app = ServerApp()
 
@@ -51,11 +49,14 @@ logger = logging.getLogger(__name__)
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what Flower's run config says; entry point of ``flwr run``."""
+    """Run the configuration of ``flwr run``; the run config has one key, `overrides`.
+
+    It holds what would be typed after ``python -m masksl.main``.
+    """
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     try:
-        settings = config.from_run_config(context.run_config)
-        config.check(settings)
+        overrides = config.split_overrides(context.run_config)
+        settings = config.compose([FLWR_RUN, *overrides])
         run(grid, settings, Path("outputs") / stamp)
     except (CheckpointError, ConfigError, RunError) as error:
         print(f"masksl: {error}", file=sys.stderr)
@@ -82,13 +83,72 @@ def build(settings: Settings, folder: Path) -> ServerApp:
     return built
 
 
+class _Recorder:
+    """Shows the progress of a run and writes its rows, events and checkpoints.
+
+    Parameters
+    ----------
+    settings : Settings
+        Configuration of the run.
+    results : RunFolder
+        The run folder.
+    progress : ProgressBar
+        Shows steps and rounds.
+    """
+
+    def __init__(
+        self, settings: Settings, results: RunFolder, progress: ProgressBar
+    ) -> None:
+        self._settings = settings
+        self._results = results
+        self._progress = progress
+        self._checkpoint = read(CheckpointConfig, settings, "checkpoint")
+        self._rounds = RunConfig.of(settings).rounds
+        self.on_step = progress.on_step
+        self.on_event = results.add_event
+        self.rows: list[Mapping[str, Any]] = []
+        self.strategy: RoundStrategy | None = None
+
+    def begin(self, strategy: RoundStrategy, saved: State | None) -> None:
+        """Write the rows of the resumed run and the first checkpoint.
+
+        With that checkpoint a run that is killed in its first round can be resumed.
+        """
+        self.strategy = strategy
+        if saved is not None:
+            strategy.restore(saved)
+            for row in saved.facts["rows"]:
+                self._add(row)
+        if self._checkpoint.every:
+            self._write_checkpoint()
+
+    def on_round(self, row: Mapping[str, Any]) -> None:
+        """Write a row, and a checkpoint before it if one is due."""
+        self.rows.append(row)
+        if self._checkpoint.due(row["round"], self._rounds):
+            self._write_checkpoint()
+        self.rows.pop()
+        self._add(row)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+        self._results.add_row(row)
+        self._progress.on_round(row)
+
+    def _write_checkpoint(self) -> None:
+        assert self.strategy is not None
+        tensors, facts = self.strategy.snapshot
+        more = {"settings": self._settings, "rows": self.rows}
+        checkpoint.write(self._results.path, tensors, facts | more)
+
+
 def run(grid: Grid, settings: Settings, folder: Path) -> None:
     """Run all rounds and write the run folder.
 
     Parameters
     ----------
     grid : Grid
-        Where the clients are.
+        The nodes.
     settings : Settings
         Checked configuration of the run.
     folder : Path
@@ -99,7 +159,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     RunError
         If clients are missing or fail; the text is one line.
     ConfigError, CheckpointError
-        If the run to resume cannot be; see `saved_state`.
+        If the run to resume cannot be resumed; see `saved_state`.
     """
     import_plugins(settings)
     saved = saved_state(settings, folder)
@@ -108,50 +168,18 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     wait_for_clients(grid, run_config.clients, PATIENCE)
     results = RunFolder(folder)
     results.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
-    rows: list[Mapping[str, Any]] = []
     with ProgressBar(run_config.rounds) as progress:
-
-        class Recorder:
-            """Shows and keeps what the strategy tells."""
-
-            on_step = staticmethod(progress.on_step)
-            on_event = staticmethod(results.add_event)
-
-            @staticmethod
-            def on_round(row: Mapping[str, Any]) -> None:
-                """Keep a row, and what the run needs to go on after it."""
-                rows.append(row)
-                if checkpoint_due(settings, row["round"]):
-                    keep()
-                results.add_row(row)
-                progress.on_round(row)
-
-        def keep() -> None:
-            assert strategy.snapshot is not None
-            tensors, facts = strategy.snapshot
-            more = {"settings": settings, "rows": rows}
-            checkpoint.write(folder, tensors, facts | more)
-
-        strategy = make_strategy(settings, Recorder())
-        if saved is not None:
-            strategy.restore(saved)
-            for row in saved.facts["rows"]:
-                rows.append(row)
-                results.add_row(row)
-                progress.on_round(row)
-        else:
-            strategy.snapshot = strategy.state({})
-        if int(settings["checkpoint.every"]):
-            keep()  # a run that is killed in its first round can be resumed too
+        recorder = _Recorder(settings, results, progress)
+        strategy = make_strategy(settings, recorder)
+        recorder.begin(strategy, saved)
         strategy.start(grid, num_rounds=run_config.rounds)
-    seconds = time.monotonic() - began
-    summary = summarize(settings, rows, strategy.ledger, seconds)
+    summary = strategy.summarize(recorder.rows, time.monotonic() - began)
     results.finish(summary)
-    print_summary(summary, str(folder.resolve()))
+    print_summary(summary, strategy.method.labels, str(folder.resolve()))
 
 
 def saved_state(settings: Settings, folder: Path) -> State | None:
-    """Return what the run that ``resume`` names left behind.
+    """Return the state of the run named by ``resume``.
 
     Parameters
     ----------
@@ -163,16 +191,16 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
     Returns
     -------
     State | None
-        None if there is nothing to go on from: the run begins at its beginning.
+        None if there is nothing to resume: the run starts from the beginning.
 
     Raises
     ------
     ConfigError
-        If there is no such run, or it had another configuration.
+        If there is no such run, or its configuration differs.
     CheckpointError
         If a file of its checkpoint is broken.
     """
-    named = parse(settings["resume"])
+    named = RunConfig.of(settings).resume
     if named is None:
         return None
     own = named == AUTO
@@ -183,9 +211,9 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
     if own and not checkpoint.exists(old):
         return None
     if not checkpoint.exists(old):
-        if (old / "metrics.jsonl").exists() or not _is_run_folder(old):
+        if (old / METRICS).exists() or not _is_run_folder(old):
             raise ConfigError.of("resume", named, "a run folder with a checkpoint")
-        logger.warning("%s: ended before its first checkpoint, so it begins anew", old)
+        logger.warning("%s: ended before its first checkpoint, so it starts anew", old)
         return None
     tensors, facts = checkpoint.read(old)
     config.check_resume(settings, facts["settings"], facts["round"])
@@ -193,14 +221,14 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
 
 
 def is_finished(settings: Settings, folder: Path) -> bool:
-    """Tell whether an earlier start of the same run came to its end.
+    """Return whether the run in a folder is finished and must not be repeated.
 
     Raises
     ------
     ConfigError
         If the folder holds a run of another configuration.
     """
-    if parse(settings["resume"]) != AUTO or not (folder / SUMMARY).exists():
+    if settings["resume"] != AUTO or not (folder / SUMMARY).exists():
         return False
     done = int(read_summary(folder)["rounds"])
     config.check_resume(settings, read_config(folder), done)
@@ -211,112 +239,27 @@ def _is_run_folder(folder: Path) -> bool:
     return (folder / "config.yaml").exists() or (folder / "hydra").is_dir()
 
 
-def make_strategy(settings: Settings, observer: Any) -> SplitLearning:
-    """Build both halves from the seed and the strategy around them."""
-    run_config = RunConfig.of(settings)
-    spec = DATASETS[str(settings["dataset.name"])]
-    name, seed = str(settings["model.name"]), derive_seed(run_config.seed, "model")
-    units = model.build(name, spec.classes, spec.channels, seed=seed)
-    client, server = model.split(units, model.resolve_cut(name, run_config.cut))
-    optimizer = OptimizerConfig(**section(settings, "optimizer"))
-    device = resolve_device(run_config.device)
-    client.to(device)
-    shared = None
-    if run_config.client_sync != "never":
-        parameters = {name: p.detach() for name, p in client.named_parameters()}
-        tensors = parameters | dict(client.named_buffers())
-        shared = SharedHalf(tensors, list(parameters))
-    return SplitLearning(
-        server=ServerHalf(
-            server.to(device),
-            optimizer,
-            int(settings["threads.server"]),
-            ComputeConfig(**section(settings, "compute")),
-        ),
-        shared=shared,
+def make_strategy(settings: Settings, observer: Observer) -> RoundStrategy:
+    """Build the server side of the method and the strategy around it."""
+    ledger = Ledger(read(Link, settings, "link"))
+    clients = ClientManager(settings, ledger)
+    method = method_of(settings)
+    return RoundStrategy(
+        method=method.server_side.build(settings, clients),
+        clients=clients,
         settings=settings,
-        activation_shape=model.activation_shape(
-            client, spec.channels, spec.size, device
-        ),
-        classes=spec.classes,
-        optimizer=optimizer,
-        schedule=ScheduleConfig(**section(settings, "schedule")),
-        gradient_compressor=make(**section(settings, "gradient_compressor")),
-        ledger=Ledger(Link(**section(settings, "link"))),
+        own_state=method.client_side.own_state(settings),
         observer=observer,
     )
 
 
 def wait_for_clients(grid: Grid, clients: int, patience: float) -> None:
-    """Wait until enough nodes are there; `RunError` after ``patience`` seconds."""
+    """Wait until enough nodes are connected; `RunError` after ``patience`` seconds."""
     deadline = time.monotonic() + patience
-    while (found := len(list(grid.get_node_ids()))) < clients:
+    while (connected := len(list(grid.get_node_ids()))) < clients:
         if time.monotonic() > deadline:
             raise RunError(
-                f"clients={clients}: {found} nodes connected within {patience:.0f} s"
+                f"clients={clients}: {connected} nodes connected "
+                f"within {patience:.0f} s"
             )
         time.sleep(0.1)
-
-
-def summarize(
-    settings: Settings,
-    rows: Sequence[Mapping[str, Any]],
-    ledger: Ledger,
-    seconds: float,
-) -> dict[str, Any]:
-    """Return the content of ``summary.json``.
-
-    Parameters
-    ----------
-    settings : Settings
-        Configuration of the run.
-    rows : Sequence[Mapping[str, Any]]
-        Metrics of every round.
-    ledger : Ledger
-        What was sent.
-    seconds : float
-        Wall time of the run.
-
-    Returns
-    -------
-    dict[str, Any]
-        Accuracies are fractions; bytes are those of the whole run.
-    """
-    last, traffic = rows[-1], ledger.total
-    sent, dense = traffic.bytes(ACTIVATION), traffic.dense(ACTIVATION)
-    return {
-        "top1": last["top1"],
-        "top5": last["top5"],
-        "best_top1": max(row["top1"] for row in rows),
-        "loss": last["loss"],
-        "test_loss": last["test_loss"],
-        "rounds": len(rows),
-        "compressor": settings["compressor.name"],
-        "bytes": traffic.nested(),
-        "bytes_total": traffic.bytes(),
-        "paper_bytes": traffic.bytes(ACTIVATION, "up"),
-        "compression_factor": compression_factor(dense, sent),
-        "bits_per_element": 32 * sent / dense,
-        "factor_total": compression_factor(traffic.dense(), traffic.bytes()),
-        "relative_error": last["relative_error"],
-        "link_seconds": traffic.link_seconds,
-        "wall_seconds": seconds,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": describe(resolve_device(str(settings["device"]))),
-    } | throughput(rows)
-
-
-def throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return training samples a second over rounds, and where their time went.
-
-    ``shares`` are those of the whole rounds, evaluation included.
-    """
-    trained = sum(row["train_seconds"] for row in rows)
-    whole = sum(row["wall_seconds"] for row in rows)
-    return {
-        "samples_per_second": sum(row["samples"] for row in rows) / trained,
-        "shares": {
-            part: sum(row["shares"][part] * row["wall_seconds"] for row in rows) / whole
-            for part in rows[0]["shares"]
-        },
-    }

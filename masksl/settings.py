@@ -1,76 +1,222 @@
-"""Settings: one flat dictionary with dotted keys, as Flower's run config carries.
+"""Settings: one flat dictionary with dotted keys, as Flower's records carry it.
 
-Values are str, int, float or bool; null and lists are YAML text. ``section`` gives the
-values under one key back as they were.
+Values are str, int, float or bool; null and lists are YAML text. A section is a strict
+pydantic model: each field declares the type and range of one key once, and the
+``description`` of the field says in words what is allowed. `read` makes a section of
+settings; the type of a field decides whether text is read as YAML.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Any, Self
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 Value = str | int | float | bool
 Settings = dict[str, Value]
+Model = TypeVar("Model", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings that stand outside every group; each field is a key.
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line says what is wrong."""
+
+    @classmethod
+    def of(cls, key: str, value: Any, allowed: str) -> "ConfigError":
+        """Return the error of a key, its value, and the values that are allowed."""
+        return cls(f"{key}={value!r}: must be {allowed}")
+
+
+class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
+    """Base of the sections of a configuration.
+
+    Attributes
+    ----------
+    top_level : tuple[str, ...]
+        Fields whose keys stand without the prefix of their section.
+    """
+
+    top_level: ClassVar[tuple[str, ...]] = ()
+
+
+_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_DEVICES = "auto, cpu, cuda or cuda:N"
+_FRACTION = "a number greater than 0 and at most 1"
+
+
+class RunConfig(Section):
+    """The keys outside every group, whatever the method.
 
     Parameters
     ----------
-    rounds, evaluations, clients, batch_size, eval_batch_size, seed : int
-        See ``conf/base.yaml``; ``batch_size`` is that of one client.
+    rounds : int
+        Rounds of the run.
+    evaluations : int
+        Evaluations in a round, evenly spaced; the last one at its end.
+    target : float | None
+        Top-1 accuracy, a fraction, up to which tables count the traffic.
+    clients, min_clients : int
+        Number of clients. Least number that must not have failed in a round.
     fraction : float
         Share of the clients that take part in a round.
-    cut : int | str
-        Units that the client keeps, or the name of a cut.
-    client_sync : str
-        ``step``, ``round`` or ``never``.
-    gradient_positions : str
-        ``all``, or ``kept``: of a gradient only what the activation's frame kept.
+    batch_size, eval_batch_size : int
+        Samples of one client in a training step, in an evaluation step.
+    seed : int
+        Seed of everything random.
     device, client_device : str
-        Where the server half and the client halves are.
+        Devices of the server's and of the clients' tensors.
+    plugins : tuple[str, ...]
+        Modules that every process imports first.
+    resume : str | None
+        Run folder to continue; ``auto``: the run's own.
     """
 
-    rounds: int
-    evaluations: int
-    clients: int
-    fraction: float
-    batch_size: int
-    eval_batch_size: int
-    seed: int
-    cut: int | str
-    client_sync: str
-    gradient_positions: str
-    device: str
-    client_device: str
+    rounds: int = Field(ge=1, description="a whole number from 1 on")
+    evaluations: int = Field(1, ge=1, description="a whole number from 1 on")
+    target: float | None = Field(None, gt=0, le=1, description=f"null or {_FRACTION}")
+    clients: int = Field(ge=1, description="a whole number from 1 on")
+    fraction: float = Field(1.0, gt=0, le=1, description=_FRACTION)
+    min_clients: int = Field(1, ge=1, description="a whole number from 1 on")
+    batch_size: int = Field(ge=1, description="a whole number from 1 on")
+    eval_batch_size: int = Field(ge=1, description="a whole number from 1 on")
+    seed: int = Field(ge=0, description="a whole number from 0 on")
+    device: str = Field("cpu", pattern=_DEVICE, description=_DEVICES)
+    client_device: str = Field("cpu", pattern=_DEVICE, description=_DEVICES)
+    plugins: tuple[str, ...] = Field(
+        (), description="a list of modules that can be imported"
+    )
+    resume: str | None = Field(None, description="null or text")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """Return the fields of checked settings."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+    def of(cls, settings: Mapping[str, Value]) -> "RunConfig":
+        """Return the section of checked settings."""
+        return read(cls, settings)
 
 
-def checkpoint_due(settings: Mapping[str, Any], round_: int) -> bool:
-    """Tell whether a checkpoint is written after a round."""
-    every = int(settings["checkpoint.every"])
-    return bool(every) and (round_ % every == 0 or round_ == int(settings["rounds"]))
+class ThreadsConfig(Section):
+    """Threads of the CPU kernels; some gradients depend on their number.
+
+    Parameters
+    ----------
+    client, server : int
+        Threads of a client, of the server.
+    """
+
+    client: int = Field(1, ge=1, description="a whole number from 1 on")
+    server: int = Field(2, ge=1, description="a whole number from 1 on")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written.
+
+    Parameters
+    ----------
+    every : int
+        Rounds between two checkpoints, and one after the last round; 0 for none.
+    """
+
+    every: int = Field(1, ge=0, description="a whole number from 0 on")
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Return whether a checkpoint is written after a round."""
+        return bool(self.every) and (round_ % self.every == 0 or round_ == rounds)
+
+
+# --- from settings to sections --------------------------------------------------------
+
+
+def read(section: type[Model], settings: Mapping[str, Value], prefix: str = "") -> Model:
+    """Read one section of settings.
+
+    Parameters
+    ----------
+    section : type[BaseModel]
+        The section, as described above.
+    settings : Mapping[str, Value]
+        All settings, flat.
+    prefix : str
+        Prefix of its keys, without the dot.
+
+    Raises
+    ------
+    ConfigError
+        On the first key that is missing or has a value that is not allowed.
+    """
+    values = {}
+    for name, field in section.model_fields.items():
+        key = key_of(section, name, prefix)
+        if key not in settings:
+            raise ConfigError.of(key, None, str(field.description))
+        values[name] = parse(settings[key], field.annotation)
+    try:
+        return section(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        allowed = str(section.model_fields[name].description)
+        if first["type"] == "allowed":  # raised by a validator of ours
+            allowed = first["msg"]
+        key = key_of(section, name, prefix)
+        raise ConfigError.of(key, values[name], allowed) from None
+
+
+def key_of(section: type[BaseModel], name: str, prefix: str) -> str:
+    """Return the key of a field of a section."""
+    if not prefix or name in getattr(section, "top_level", ()):
+        return name
+    return f"{prefix}.{name}"
+
+
+def options(
+    settings: Mapping[str, Value], prefix: str, types: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the values under ``prefix.`` by name, read by the types of their fields.
+
+    >>> options({"ec.bits": "null", "ec.step": 2}, "ec", {"bits": float | None})
+    {'bits': None, 'step': 2}
+    """
+    start = prefix + "."
+    named = {
+        key.removeprefix(start): value
+        for key, value in settings.items()
+        if key.startswith(start)
+    }
+    return {name: parse(value, types.get(name)) for name, value in named.items()}
+
+
+def parse(value: Value, type_: Any) -> Any:
+    """Return a value; text is read as YAML where the type admits null or a list.
+
+    >>> parse("null", int | None), parse("[6, 9]", tuple[int, ...]), parse("[6]", str)
+    (None, (6, 9), '[6]')
+    """
+    if not isinstance(value, str):
+        return value
+    members = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+    if value == "null" and type(None) in members:
+        return None
+    if tuple in map(get_origin, members):
+        try:
+            loaded = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        return tuple(loaded) if isinstance(loaded, list) else value
+    return value
 
 
 def import_plugins(settings: Mapping[str, Value]) -> None:
-    """Import the modules that ``plugins`` names; they register what they bring.
+    """Import the modules named by ``plugins``; they register what they add.
 
-    Every process of a run does so before it looks anything up by its name.
+    Every process of a run does so before it looks up anything by name.
 
     Raises
     ------
     ImportError
         If there is no such module.
     """
-    for module in parse(settings.get("plugins", "[]")):
+    plugins = RunConfig.model_fields["plugins"].annotation
+    for module in parse(settings.get("plugins", "[]"), plugins):
         import_module(module)
 
 
@@ -91,25 +237,3 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def section(settings: Mapping[str, Value], prefix: str) -> dict[str, Any]:
-    """Return the values under ``prefix.``, lists as tuples, null as None.
-
-    >>> section({"dataset.limit": "null", "schedule.milestones": "[6, 9]"}, "schedule")
-    {'milestones': (6, 9)}
-    """
-    start = prefix + "."
-    return {
-        key.removeprefix(start): parse(value)
-        for key, value in settings.items()
-        if key.startswith(start)
-    }
-
-
-def parse(value: Value) -> Any:
-    """Return a value with YAML text of null and lists read; other text stays text."""
-    if isinstance(value, str) and (value == "null" or value.startswith("[")):
-        read = yaml.safe_load(value)
-        return tuple(read) if isinstance(read, list) else read
-    return value

@@ -1,4 +1,4 @@
-"""The runs of a sweep, each a process of its own, several at a time."""
+"""Runs of a sweep as separate processes, several at the same time."""
 
 import ctypes
 import fcntl
@@ -22,10 +22,10 @@ from masksl import main, server_app
 from masksl.config import ConfigError
 from masksl.runtime import results
 
-POLL = 0.2  # seconds between two looks at the processes
-PATIENCE = 15.0  # seconds that an interrupted run has to end by itself
+POLL = 0.2  # seconds between two checks of the processes
+EXIT_TIMEOUT = 15.0  # seconds for an interrupted run to exit
 LOCK = "sweep.lock"
-OUTPUT = "output.txt"  # what a run prints, in its folder
+OUTPUT = "output.txt"  # output of a run, in its folder
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -40,13 +40,13 @@ class Job:
     Parameters
     ----------
     name : str
-        What it is called in the log.
+        Name in the log.
     composed : DictConfig
-        Its Hydra configuration.
+        Hydra configuration.
     overrides : Sequence[str]
-        What leads to it on the command line of `masksl.main`.
+        Arguments of `masksl.main` that give this configuration.
     folder : Path
-        Its run folder.
+        Run folder.
     """
 
     name: str
@@ -55,40 +55,45 @@ class Job:
     folder: Path
 
     def is_finished(self) -> bool:
-        """Tell whether it need not be run again; raises `main.ERRORS`."""
+        """Return whether the run is finished; raises `main.ERRORS`."""
         settings = main.settings_of(self.composed)
         return server_app.is_finished(settings, self.folder)
 
     def start(self, lock: int, threads: int) -> subprocess.Popen[bytes]:
-        """Start its process, which holds the lock too, and ends with this process.
+        """Start the process of the run; it ends when this process ends.
 
-        Processes with more threads together than there are cores wait for each other,
-        many times as long as they compute.
+        Parameters
+        ----------
+        lock : int
+            File descriptor of the lock of the sweep, which the process holds too.
+        threads : int
+            Threads of the process. Oversubscribing the cores slows all runs down
+            several times.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
-        place = [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+        hydra_keys = [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
         with open(self.folder / OUTPUT, "ab") as output:
             return subprocess.Popen(  # pylint: disable=subprocess-popen-preexec-fn
-                [sys.executable, "-m", "masksl.main", *self.overrides, *place],
+                [sys.executable, "-m", "masksl.main", *self.overrides, *hydra_keys],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(threads)} | os.environ,
                 pass_fds=[lock],
-                start_new_session=True,  # a Ctrl-C comes through this process alone
-                preexec_fn=partial(_obey, os.getpid()),
+                start_new_session=True,  # Ctrl-C reaches only this process
+                preexec_fn=partial(_end_with_parent, os.getpid()),
             )
 
-    def last_words(self) -> str:
-        """Return the last line that it printed."""
+    def last_line(self) -> str:
+        """Return the last line of the output."""
         text = (self.folder / OUTPUT).read_text("utf-8", errors="replace")
         return (text.strip().splitlines() or ["no output"])[-1]
 
 
 @dataclass
 class _Sweep:
-    """What waits, what runs, what became of the rest."""
+    """State of a sweep: waiting, running, failed and completed runs."""
 
     waiting: list[Job]
     lock: int
@@ -99,19 +104,19 @@ class _Sweep:
     done: int = 0
 
     def fill(self, at_a_time: int) -> None:
-        """Start what waits, as far as there is room."""
+        """Start waiting runs until ``at_a_time`` are running."""
         threads = max(1, (os.cpu_count() or 1) // at_a_time)
         while self.waiting and len(self.running) < at_a_time:
             job = self.waiting.pop(0)
             self.running[job.start(self.lock, threads)] = job, time.monotonic()
 
     def reap(self) -> None:
-        """Take in what has ended."""
-        for process in [each for each in self.running if each.poll() is not None]:
+        """Log the runs that have ended and remove them from the running ones."""
+        for process in [p for p in self.running if p.poll() is not None]:
             job, began = self.running.pop(process)
             if process.returncode:
                 self.failed.append(job)
-                logger.error("%s: failed: %s", job.name, job.last_words())
+                logger.error("%s: failed: %s", job.name, job.last_line())
                 continue
             self.done += 1
             top1 = results.read_summary(job.folder)["top1"]
@@ -119,11 +124,11 @@ class _Sweep:
             logger.info("%s: top-1 %.2f %%, %.0f s", job.name, 100 * top1, seconds)
 
     def interrupt(self) -> None:
-        """End what runs; its checkpoints stay."""
+        """Interrupt the running runs, and kill those that do not exit in time."""
         self.reap()
         for process in self.running:
             process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + EXIT_TIMEOUT
         for process in self.running:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -135,31 +140,34 @@ class _Sweep:
 def run(
     jobs: Sequence[Job], folder: Path, at_a_time: int, minutes: float | None
 ) -> None:
-    """Run all jobs that are not finished; what fails does not hold up the others.
-
-    Exits with status 1 where a configuration is wrong, before anything is run, or where
-    a run failed, and with 130 on Ctrl-C.
+    """Run all jobs that are not finished; a failed run does not stop the others.
 
     Parameters
     ----------
     jobs : Sequence[Job]
-        In the order in which they are begun.
+        Runs in the order in which they are started.
     folder : Path
-        That of the sweep, which holds those of the runs.
+        Folder of the sweep, which contains the run folders.
     at_a_time : int
-        Processes at a time.
+        Number of processes at the same time.
     minutes : float | None
-        After so many no run is begun, and those at work are interrupted.
+        Time limit. After it no run is started and the running ones are interrupted.
+
+    Raises
+    ------
+    SystemExit
+        With status 1 if a configuration is wrong, before any run is started, or if a
+        run failed; with status 130 on Ctrl-C.
     """
     began = time.monotonic()
     try:
         _check(jobs, at_a_time, minutes)
         deadline = math.inf if minutes is None else began + 60 * minutes
         with _locked(folder) as lock:
-            left = [job for job in jobs if not job.is_finished()]
-            before = len(jobs) - len(left)
+            waiting = [job for job in jobs if not job.is_finished()]
+            before = len(jobs) - len(waiting)
             logger.info("%d runs, %d of them finished before", len(jobs), before)
-            sweep = _Sweep(left, lock)
+            sweep = _Sweep(waiting, lock)
             _work(sweep, at_a_time, deadline)
     except main.ERRORS as error:
         print(f"masksl: {error}", file=sys.stderr)
@@ -175,7 +183,7 @@ def run(
 
 
 def _work(sweep: _Sweep, at_a_time: int, deadline: float) -> None:
-    """Run what waits until nothing is left, or the deadline has passed."""
+    """Run all waiting jobs, or until the deadline; then interrupt the rest."""
     try:
         while sweep.waiting or sweep.running:
             if time.monotonic() > deadline:
@@ -188,7 +196,13 @@ def _work(sweep: _Sweep, at_a_time: int, deadline: float) -> None:
 
 
 def _check(jobs: Sequence[Job], at_a_time: int, minutes: float | None) -> None:
-    """Raise `main.ERRORS` if anything is wrong, in whichever run."""
+    """Check the configurations of all runs and of the launcher.
+
+    Raises
+    ------
+    Exception
+        One of `main.ERRORS`, on the first error.
+    """
     for job in jobs:
         main.settings_of(job.composed)
     names = Counter(job.name for job in jobs)
@@ -206,10 +220,10 @@ def _check(jobs: Sequence[Job], at_a_time: int, minutes: float | None) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Hold the lock of a folder, as a file descriptor.
+    """Hold the lock of a folder and yield its file descriptor.
 
-    It is free when this process and all runs that it started have ended, so that no two
-    processes work in one run folder.
+    The runs inherit the descriptor. The lock is released when this process and all its
+    runs have ended, so that two processes never use the same run folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "wb") as file:
@@ -221,10 +235,13 @@ def _locked(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _obey(parent: int) -> None:
-    """Let an interrupt end this process, and on Linux the end of its parent be one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's "&" has it ignored
+def _end_with_parent(parent: int) -> None:
+    """Restore the default SIGINT handler.
+
+    On Linux the process also receives SIGINT when its parent exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's "&" ignores it
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # the parent exited before the call
             os._exit(1)

@@ -38,7 +38,11 @@ RUNS = {
 }
 """Overrides of the six small runs by name."""
 
-RENAMED: tuple[tuple[str, str], ...] = ()
+RENAMED = (
+    (r"^(model|momentum)\.(\d+)/", r"client.\2.\1/"),
+    (r"^shared/", "model/"),
+    (r"^shared\.momentum/", "model.momentum/"),
+)
 """Patterns of tensor names in checkpoints of the base, and what they are now."""
 
 

@@ -1,8 +1,8 @@
-"""Carry files to a machine without network in pieces, and others back.
+"""Transfer files to and from a machine without network, in pieces of limited size.
 
-``pack`` puts them, in one stream, into pieces of at most so many megabytes, and this
-program beside them; ``unpack``, on the other machine, checks every piece and puts the
-files where they belong. Python alone is needed there.
+``pack`` writes files as one compressed stream into pieces and copies this program
+beside them. ``unpack`` checks every piece on the other machine and extracts the files;
+it needs only Python.
 """
 
 import argparse
@@ -21,22 +21,22 @@ from typing import BinaryIO
 MANIFEST = "manifest.json"
 MEGABYTE = 1_000_000
 ROOT = Path(__file__).resolve().parents[1]
-THERE = ("torch", "torchvision", "triton", "nvidia", "cuda")  # on any GPU machine
+PREINSTALLED = ("torch", "torchvision", "triton", "nvidia", "cuda")
 
 
 class ShipError(ValueError):
-    """What cannot be packed or unpacked; one line says why."""
+    """Raised when files cannot be packed or unpacked; the message is one line."""
 
 
 class Pieces(io.RawIOBase):
-    """A stream that is written into files of at most ``limit`` bytes.
+    """A writable stream that is stored in files of at most ``limit`` bytes.
 
     Parameters
     ----------
     folder : Path
-        Where the files go.
+        Folder of the files.
     limit : int
-        Bytes of a file.
+        Bytes of a file at most.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -50,7 +50,7 @@ class Pieces(io.RawIOBase):
         return True
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        """Write all of the data, into as many files as it takes."""
+        """Write the data and open new files as needed; return its length."""
         view = memoryview(data)
         while view:
             if not self._room:
@@ -77,29 +77,28 @@ class Pieces(io.RawIOBase):
 def pack(
     folder: Path, paths: list[Path], limit: int, code: bool, wheels: str | None
 ) -> None:
-    """Write pieces.
+    """Write files into pieces.
 
     Parameters
     ----------
     folder : Path
-        New, or empty.
+        Folder of the pieces, new or empty.
     paths : list[Path]
-        Files and folders, below the working directory; they keep their places.
+        Files and folders below the working directory; their relative paths are kept.
     limit : int
-        Bytes of a piece.
+        Bytes of a piece at most.
     code : bool
-        Whether the last commit comes along.
+        Whether the files of the last commit are added.
     wheels : str | None
-        Python version whose wheels of the locked environment come along, as
-        ``wheels/``, without those that a GPU machine has.
+        Python version, such as ``3.12``. The wheels of the locked environment for it
+        are added as ``wheels/``, except the packages of `PREINSTALLED`.
+
+    Raises
+    ------
+    ShipError
+        If an argument is wrong or the wheels cannot be downloaded.
     """
-    if limit < 1:
-        raise ShipError("--limit: must be at least 1")
-    if folder.exists() and any(folder.iterdir()):
-        raise ShipError(f"{folder}: is not empty")
-    for path in paths:
-        if path.is_absolute() or ".." in path.parts or not path.exists():
-            raise ShipError(f"{path}: must be a path below the working directory")
+    _check(folder, paths, limit)
     folder.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(folder, limit)
     try:
@@ -116,10 +115,21 @@ def pack(
         shutil.copy(__file__, folder / "ship.py")
     except BaseException:
         pieces.close_file()
-        for path in folder.iterdir():  # it was empty before
+        for path in folder.iterdir():  # the folder was empty before
             path.unlink()
         raise
     print(f"pieces in {folder}: {len(hashes)}")
+
+
+def _check(folder: Path, paths: list[Path], limit: int) -> None:
+    """Check the arguments of `pack`."""
+    if limit < 1:
+        raise ShipError("--limit: must be at least 1")
+    if folder.exists() and any(folder.iterdir()):
+        raise ShipError(f"{folder}: is not empty")
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts or not path.exists():
+            raise ShipError(f"{path}: must be a path below the working directory")
 
 
 def _add_code(archive: tarfile.TarFile) -> None:
@@ -131,62 +141,68 @@ def _add_code(archive: tarfile.TarFile) -> None:
 
 
 def _add_wheels(archive: tarfile.TarFile, version: str) -> None:
-    """Download what is locked as wheels for Linux on x86-64, and add them.
+    """Download the locked packages as wheels for Linux on x86-64 and add them.
 
-    What its authors offer as source alone is built here; it is Python alone.
+    A package without wheels is built here; this works for packages in pure Python.
     """
     own = ROOT / ".poetry/bin/poetry"
     poetry = own if own.exists() else shutil.which("poetry")
     if poetry is None:
         raise ShipError(f"--wheels {version}: needs Poetry, which make setup installs")
     export = [str(poetry), "export", "--format", "requirements.txt"]
-    wanted = locked(_run(export, cwd=ROOT).decode(), version)
-    with tempfile.TemporaryDirectory() as place:
-        listed = Path(place, "requirements.txt")
-        listed.write_text(wanted, encoding="utf-8")
-        platforms = [f"manylinux_2_{n}_x86_64" for n in range(39, 4, -1)]
-        platforms += [f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
-        options = [f"--platform={each}" for each in platforms]
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        download = [*pip, "download", "--no-deps", f"--python-version={version}"]
-        download += [*options, "--require-hashes", f"--requirement={listed}"]
-        _run([*download, f"--dest={place}"], cwd=Path(place))
-        sources = [str(path) for path in Path(place).glob("*.tar.gz")]
-        if sources:
-            wheel = [*pip, "wheel", "--no-deps", f"--wheel-dir={place}", *sources]
-            _run(wheel, cwd=Path(place))
-        for path in sorted(Path(place).glob("*.whl")):
+    requirements = locked(_run(export, cwd=ROOT).decode(), version)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _download(requirements, version, folder)
+        for path in sorted(folder.glob("*.whl")):
             archive.add(path, f"wheels/{path.name}")
 
 
+def _download(requirements: str, version: str, folder: Path) -> None:
+    """Download requirements for a Python version into a folder, as wheels."""
+    listed = folder / "requirements.txt"
+    listed.write_text(requirements, encoding="utf-8")
+    platforms = [f"manylinux_2_{n}_x86_64" for n in range(39, 4, -1)]
+    platforms += [f"manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
+    options = [f"--platform={platform}" for platform in platforms]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    download = [*pip, "download", "--no-deps", f"--python-version={version}"]
+    download += [*options, "--require-hashes", f"--requirement={listed}"]
+    _run([*download, f"--dest={folder}"], cwd=folder)
+    sources = [str(path) for path in folder.glob("*.tar.gz")]
+    if sources:
+        wheel = [*pip, "wheel", "--no-deps", f"--wheel-dir={folder}", *sources]
+        _run(wheel, cwd=folder)
+
+
 def locked(requirements: str, version: str) -> str:
-    r"""Return exported requirements that a Python of that version on Linux needs.
+    r"""Return the exported requirements of a Python version on Linux.
 
     Parameters
     ----------
     requirements : str
         Lines ``name==version ; marker \`` and, indented, their hashes.
     version : str
-        As ``3.12``.
+        Python version, such as ``3.12``.
 
     Returns
     -------
     str
-        Without markers, which pip would read for the Python that it runs in, and
-        without what is on any machine with a GPU.
+        The requirements whose markers hold, except the packages of `PREINSTALLED`. The
+        markers are removed, because pip would evaluate them for its own Python.
     """
-    # Imported here: the other machine may lack it, and does not pack.
+    # Imported here: unpacking does not need it, and the other machine may lack it.
     from packaging.markers import Marker  # pylint: disable=import-outside-toplevel
 
-    there = {"python_version": version, "python_full_version": f"{version}.0"}
-    there |= {"sys_platform": "linux", "platform_system": "Linux"}
-    there |= {"platform_machine": "x86_64", "os_name": "posix"}
+    target = {"python_version": version, "python_full_version": f"{version}.0"}
+    target |= {"sys_platform": "linux", "platform_system": "Linux"}
+    target |= {"platform_machine": "x86_64", "os_name": "posix"}
     kept, keep = [], False
     for line in requirements.splitlines():
         if not line.startswith(" "):
             pinned, _, marker = line.removesuffix("\\").partition(" ; ")
-            keep = not line.startswith(THERE)
-            keep &= not marker or Marker(marker.strip()).evaluate(there)
+            keep = not line.startswith(PREINSTALLED)
+            keep &= not marker or Marker(marker.strip()).evaluate(target)
             line = pinned.strip() + (" \\" if line.endswith("\\") else "")
         if keep:
             kept.append(line)
@@ -194,23 +210,34 @@ def locked(requirements: str, version: str) -> str:
 
 
 def _run(command: list[str], cwd: Path) -> bytes:
-    """Return what a command prints; `ShipError` with its last line where it fails."""
+    """Run a command and return its output.
+
+    Raises
+    ------
+    ShipError
+        If the command fails; the message ends with its last error line.
+    """
     done = subprocess.run(command, cwd=cwd, capture_output=True, check=False)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [""]
-        raise ShipError(f"{' '.join(command[:4])} ...: {said[-1]}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [""]
+        raise ShipError(f"{' '.join(command[:4])} ...: {lines[-1]}")
     return done.stdout
 
 
 def unpack(folder: Path, into: Path) -> None:
-    """Check the pieces of a folder and put the files where they belong.
+    """Check the pieces of a folder and extract their files.
 
     Parameters
     ----------
     folder : Path
-        What `pack` wrote.
+        Folder that `pack` wrote.
     into : Path
-        Folder that the files' places are below.
+        Folder into which the files are extracted.
+
+    Raises
+    ------
+    ShipError
+        If a piece is missing or altered; then nothing is extracted.
     """
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -230,7 +257,7 @@ def unpack(folder: Path, into: Path) -> None:
 
 
 class _Joined(io.RawIOBase):
-    """A stream of the chunks of an iterator."""
+    """A readable stream of the chunks of an iterator."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -239,7 +266,7 @@ class _Joined(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        del size  # tarfile takes what it gets
+        del size  # tarfile accepts chunks of any size
         return next(self._chunks, b"")
 
 
@@ -256,25 +283,32 @@ def _hash(path: Path) -> str:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Parse the command line and run its command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="write pieces")
     packing.add_argument("pieces", type=Path, help="folder of the pieces, new")
-    packing.add_argument("paths", type=Path, nargs="*", help="what comes along")
-    packing.add_argument("--code", action="store_true", help="the last commit")
-    packing.add_argument("--wheels", metavar="PYTHON", help="wheels, e.g. 3.12")
-    packing.add_argument("--limit", type=int, default=60, help="megabytes of a piece")
-    unpacking = commands.add_parser("unpack", help="put the files in their places")
+    packing.add_argument("paths", type=Path, nargs="*", help="files and folders")
+    packing.add_argument("--code", action="store_true", help="add the last commit")
+    packing.add_argument("--wheels", metavar="PYTHON", help="add wheels, e.g. 3.12")
+    packing.add_argument(
+        "--limit", type=int, default=60, help="megabytes of a piece at most"
+    )
+    unpacking = commands.add_parser("unpack", help="extract the files")
     unpacking.add_argument("pieces", type=Path, help="folder of the pieces")
-    unpacking.add_argument("into", type=Path, help="where to")
-    told = parser.parse_args()
+    unpacking.add_argument("into", type=Path, help="folder of the files")
+    arguments = parser.parse_args()
     try:
-        if told.command == "pack":
-            limit = told.limit * MEGABYTE
-            pack(told.pieces, told.paths, limit, told.code, told.wheels)
+        if arguments.command == "pack":
+            pack(
+                arguments.pieces,
+                arguments.paths,
+                arguments.limit * MEGABYTE,
+                arguments.code,
+                arguments.wheels,
+            )
         else:
-            unpack(told.pieces, told.into)
+            unpack(arguments.pieces, arguments.into)
     except (ShipError, OSError) as error:
         print(f"ship: {error}", file=sys.stderr)
         sys.exit(1)

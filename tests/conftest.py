@@ -13,48 +13,50 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # pylint: disable=wrong-import-position
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from masksl import client_app, config, dataset, server_app
 from masksl.dataset import Spec, TensorImages
 from masksl.engine.local import LocalGrid, open_grid
-from masksl.runtime import messages
-from masksl.settings import Settings, flatten
-from masksl.strategy import SplitLearning
+from masksl.methods.client import Client
+from masksl.settings import Settings
+from masksl.strategy import RoundStrategy
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings_of(*overrides: str) -> Settings:
     """Return the settings that the command line with these overrides makes."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        composed = compose("base", overrides=["engine=local", *overrides])
-    settings = flatten(OmegaConf.to_container(composed, resolve=True))
-    config.check(settings)
-    return settings
+    return config.compose(["engine=local", *overrides])
 
 
 @dataclass
 class Training:
-    """A run on the local engine and what it told."""
+    """A run on the local engine, and what its observer was notified of."""
 
     grid: LocalGrid
-    strategy: SplitLearning
+    strategy: RoundStrategy
     losses: list[float] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
-    def client(self, number: int) -> client_app.Client:
-        return client_app.Client.of(self.grid.contexts[number + 1])
+    def client(self, number: int) -> Client:
+        return Client.of(self.grid.contexts[number + 1])
 
     def client_tensors(self, number: int) -> dict[str, torch.Tensor]:
-        state = self.grid.contexts[number + 1].state
-        return messages.state_tensors(state["half"], torch.device("cpu"))
+        return self.client(number).state["model"]
+
+    @property
+    def server(self) -> Any:
+        """The server side of the method."""
+        return self.strategy.method
+
+    @property
+    def traffic(self) -> Any:
+        """The traffic of the whole run."""
+        return self.strategy.clients.ledger.total
 
 
 def prepare(settings: Settings) -> Training:
-    """Return a run that has met its clients but not begun."""
+    """Return a run whose clients are registered, before its first round."""
     grid = open_grid(client_app.app, int(settings["clients"]))
 
     class Recorder:
@@ -68,7 +70,7 @@ def prepare(settings: Settings) -> Training:
             training.events.append(dict(event))
 
     training = Training(grid, server_app.make_strategy(settings, Recorder()))
-    training.strategy.greet(grid)
+    training.strategy.register(grid)
     return training
 
 
@@ -85,12 +87,12 @@ TIMED = ("wall_seconds", "train_seconds", "samples_per_second", "shares")
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of metrics without what is timed."""
+    """Return rows of metrics without timed columns."""
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def processes(*words: str) -> list[str]:
-    """Return the command lines that hold one of these words, zombies left out."""
+    """Return the command lines with one of these words, without zombies."""
     listed = subprocess.run(
         ["ps", "-eww", "-o", "stat,pid,args"],
         capture_output=True,
@@ -114,7 +116,6 @@ def toy_data() -> Iterator[None]:
 
     half = (0.5, 0.5, 0.5)
     dataset.DATASETS["toy"] = Spec(load, 10, 3, 32, half, half, 4, True)
-    config.RULES["dataset.name"] = config._choice(list(dataset.DATASETS))
     yield
     del dataset.DATASETS["toy"]
 

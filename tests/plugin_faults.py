@@ -12,30 +12,38 @@ from typing import Any
 from flwr.app import RecordDict
 
 from masksl import client_app
+from masksl.methods.client import Client, Handler
+from masksl.methods.split import client as split
 from masksl.runtime import messages
 
 FAULTS = {("forward", 1, 1, 1), ("backward", 2, 0, 2), ("evaluate", 2, 0, 0)}
+NAMES = {
+    "train.forward": "forward",
+    "train.backward": "backward",
+    "evaluate.forward": "evaluate",
+    "query.save": "save",
+}
 
 
-def _wrap(name: str) -> None:
-    handler = getattr(client_app, name)
+def _wrap(handlers: dict[str, Handler], kind: str) -> None:
+    handler, name = handlers[kind], NAMES[kind]
 
-    def faulty(client: client_app.Client, content: RecordDict) -> RecordDict:
-        told: Any = client.context.state.config_records[messages.SETTINGS]
-        if __name__ not in told["plugins"]:
+    def faulty(client: Client, content: RecordDict) -> RecordDict:
+        plugins = client.run.plugins
+        if __name__ not in plugins:
             return handler(client, content)
         place = (0, 0)
         if messages.PLACE in content.config_records:
             at: Any = content.config_records[messages.PLACE]
             place = at["round"], at["step"]
         here = (name, *place, client.number)
-        if "plugin_kill" in told["plugins"]:
+        if "tests.plugin_kill" in plugins:
             _kill(here)
         elif here in FAULTS:
             raise KeyError(f"no luck in {name}")
         return handler(client, content)
 
-    setattr(client_app, name, faulty)
+    handlers[kind] = faulty
 
 
 def _kill(here: tuple[Any, ...]) -> None:
@@ -45,5 +53,5 @@ def _kill(here: tuple[Any, ...]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-for _name in ("forward", "backward", "evaluate", "save"):
-    _wrap(_name)
+for _kind in NAMES:
+    _wrap(client_app.HANDLERS if _kind == "query.save" else split.HANDLERS, _kind)

@@ -11,19 +11,20 @@ import yaml
 
 from masksl import compress, config, dataset, model
 from masksl.config import ConfigError
-from masksl.engine import ENGINES
-from masksl.halves import PRECISIONS, SCHEDULES
-from masksl.settings import flatten, section
+from masksl.engine.options import ENGINES
+from masksl.methods import METHODS
+from masksl.settings import flatten, options, parse
 from tests.conftest import ROOT, settings_of
 
 CONF = ROOT / "conf"
 
 
 def stems(group: str) -> set[str]:
-    return {path.stem for path in (CONF / group).glob("*.yaml")}
+    found = {path.stem for path in (CONF / group).glob("*.yaml")}
+    return {stem for stem in found if not stem.startswith("_")}
 
 
-def options(path: Path) -> dict[str, Any]:
+def content(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -57,6 +58,13 @@ def options(path: Path) -> dict[str, Any]:
         ("optimizer.lr=1e40", "optimizer.lr=1e+40: must be a number greater than 0"),
         ("+cutting=4", "cutting=4: is no key of conf/base.yaml"),
         ("+nonsense=4", "nonsense=4: is no key of conf/base.yaml"),
+        ("+method.nonsense=4", "method.nonsense=4: is no key of conf/base.yaml"),
+        ("+engine.hosts=4", "engine.hosts=4: is no key of conf/base.yaml"),
+        ("method.name=x", "method.name='x': must be one of split"),
+        ("rounds=true", "rounds=True: must be a whole number from 1 on"),
+        ("fraction=true", "fraction=True: must be a number greater than 0"),
+        ("compute.compile=1", "compute.compile=1: must be true or false"),
+        ("plugins=[3]", "plugins=(3,): must be a list of modules"),
         ("client_device=tpu", "client_device='tpu': must be auto, cpu, cuda or cuda:N"),
         ("threads.server=0", "threads.server=0: must be"),
         ("optimizer.lr=-1", "optimizer.lr=-1: must be a number greater than 0"),
@@ -126,32 +134,99 @@ def test_missing_keys_are_named() -> None:
         config.check(settings)
 
 
-def test_every_key_has_a_rule() -> None:
-    own = {"cut"}
+def test_the_first_error_is_the_only_one() -> None:
+    with pytest.raises(ConfigError, match=r"^rounds=0: .* from 1 on$"):
+        settings_of("rounds=0", "clients=0", "optimizer.lr=-1")
+
+
+def test_every_key_is_declared_once_and_used() -> None:
+    """The keys of conf/ are those of the sections, with the same defaults."""
     groups = tuple(f"{group}." for group in config.COMPRESSOR_GROUPS)
     for engine in ENGINES:
-        keys = {k for k in settings_of(f"engine={engine}") if not k.startswith(groups)}
-        assert keys - own <= config.RULES.keys()
-    every = set().union(*(settings_of(f"engine={engine}") for engine in ENGINES))
-    assert config.RULES.keys() <= every
+        settings = settings_of(f"engine={engine}")
+        keys = {key for key in settings if not key.startswith(groups)}
+        declared = list(config.known_keys(settings))
+        assert keys == set(declared)
+        assert len(declared) == len(keys), "a key is declared twice"
+    every = config.SECTIONS | {"method": METHODS["split"].config}
+    every |= {"engine": ENGINES["ray"]}
+    settings = settings_of("engine=ray")
+    for prefix, section in every.items():
+        for name, field in section.model_fields.items():
+            key = config.key_of(section, name, prefix)
+            if field.is_required() or key in OVERRIDDEN:
+                continue
+            assert parse(settings[key], field.annotation) == field.default, key
 
 
-def test_flower_app_has_the_defaults_of_the_base_configuration() -> None:
+OVERRIDDEN = {"optimizer.lr"}  # the default job has a rate of its own
+
+
+def test_every_field_says_what_is_allowed() -> None:
+    sections = [*config.SECTIONS.values(), *ENGINES.values()]
+    for section in (*sections, *(method.config for method in METHODS.values())):
+        assert section.model_config["frozen"] and section.model_config["strict"]
+        assert section.model_config["extra"] == "forbid"
+        assert section.model_config["allow_inf_nan"] is False
+        for name, field in section.model_fields.items():
+            assert field.description, (section, name)
+            assert name == "name" or name in str(section.__doc__), (section, name)
+
+
+def test_the_method_precedes_groups_and_the_command_line_follows(
+    tmp_path: Path,
+) -> None:
+    """Precedence: method < federation < experiment < command line."""
+    for group, value in (("method", 1), ("federation", 2), ("experiment", 3)):
+        (tmp_path / group).mkdir()
+        override = "defaults:\n  - override /compressor: sp\n" if value == 1 else ""
+        text = f"# @package _global_\n{override}rounds: {value}\n"
+        if value == 1:
+            text += "method: {name: split}\ncut: 2\nclient_sync: step\n"
+            text += "gradient_positions: all\n"
+        (tmp_path / group / "other.yaml").write_text(text, encoding="utf-8")
+    path = f"hydra.searchpath=[file://{tmp_path}]"
+    layers: list[str] = []
+    for expected, layer in enumerate(
+        ("method=other", "federation=other", "experiment=other", "rounds=4")
+    ):
+        layers.append(layer)
+        settings = settings_of(path, *reversed(layers))
+        assert settings["compressor.name"] == "sp"
+        # The keys of conf/base.yaml itself are above those of a method.
+        assert settings["rounds"] == (expected + 1 if expected else 6)
+    assert settings_of(path, *layers, "compressor=qu")["compressor.name"] == "qu"
+
+
+def test_overrides_are_the_only_key_under_flwr_run() -> None:
     with open(ROOT / "pyproject.toml", "rb") as file:
         app = tomllib.load(file)["tool"]["flwr"]["app"]
-    assert flatten(app["config"]) == settings_of("engine=ray")
+    assert app["config"] == {"overrides": ""}
+    text = "rounds=1 compressor=qu 'dataset.root=/my data'"
+    overrides = config.split_overrides({"overrides": text})
+    assert overrides == ["rounds=1", "compressor=qu", "dataset.root=/my data"]
+    settings = config.compose(overrides)
+    assert settings["compressor.name"] == "qu"
+    for wrong, message in (
+        ({"overrides": "rounds='3"}, "overrides=\"rounds='3\": must be overrides of"),
+        ({"rounds": 3}, "rounds=3: the run config has the key overrides"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config.split_overrides(wrong)
+        assert str(caught.value).startswith(message)
+    for override in ("nonsense=4", "rounds=[", "compressor=zip"):
+        with pytest.raises(ConfigError) as caught:
+            config.compose([override])
+        assert str(caught.value).startswith(f"overrides=['{override}']: ")
+        assert "\n" not in str(caught.value)
 
 
-def test_run_config_drops_options_of_the_other_compressor() -> None:
-    settings = settings_of() | {"compressor.name": "qu"}
-    pruned = config.from_run_config(settings)
-    assert section(pruned, "compressor") == {
-        "name": "qu",
-        "bits": 2,
-        "rounding": "nearest",
-        "lossless": "none",
-    }
-    config.check(pruned)
+def test_text_is_read_by_the_type_of_its_field() -> None:
+    assert settings_of("dataset.root='[x]'")["dataset.root"] == "[x]"
+    assert parse("null", str | None) is None
+    assert parse("null", str) == "null"
+    assert parse("[1, 2]", tuple[int, ...] | None) == (1, 2)
+    assert parse("[1", tuple[int, ...]) == "[1"
 
 
 def test_files_of_groups_agree_with_the_code() -> None:
@@ -159,18 +234,17 @@ def test_files_of_groups_agree_with_the_code() -> None:
     variants = {"ms_context"}
     assert stems("compressor") == set(compress.COMPRESSORS) | variants
     for name in compress.COMPRESSORS:
-        given = options(CONF / f"compressor/{name}.yaml")
+        given = content(CONF / f"compressor/{name}.yaml")
         assert given.pop("name") == name
         made = compress.make(name)
         assert given == {key: getattr(made, key) for key in compress.options_of(name)}
     assert stems("model") == set(model.ARCHITECTURES) - {"plain_cnn"}
     assert stems("dataset") == set(dataset.DATASETS) - {"toy"}
-    assert stems("engine") == set(ENGINES) == set(config.ENGINES)
-    assert config.SCHEDULES == SCHEDULES
-    assert config.PRECISIONS == PRECISIONS
+    assert stems("engine") == set(ENGINES)
+    assert stems("method") == set(METHODS)
     for group in ("model", "dataset", "engine"):
         for name in stems(group):
-            assert options(CONF / f"{group}/{name}.yaml")["name"] == name
+            assert content(CONF / f"{group}/{name}.yaml")["name"] == name
 
 
 def test_experiments_are_those_of_the_paper() -> None:
@@ -190,7 +264,7 @@ def test_experiments_are_those_of_the_paper() -> None:
     }
     assert expected.items() <= vgg.items()
     resnet = settings_of("experiment=resnet18_cifar100", "cut=5")
-    assert section(resnet, "schedule")["milestones"] == (60, 120, 160)
+    assert resnet["schedule.milestones"] == "[60, 120, 160]"
     assert (resnet["schedule.gamma"], resnet["rounds"]) == (0.2, 200)
     for name in ("resnet34_imagenet", "resnet34_tinyimagenet"):
         settings = settings_of(f"experiment={name}")
@@ -203,7 +277,8 @@ def test_settings_survive_their_flat_form() -> None:
     nested = {"a": {"b": None, "c": [1, 2.5], "d": "x"}, "e": True}
     flat = flatten(nested)
     assert all(isinstance(value, (str, int, float, bool)) for value in flat.values())
-    assert section(flat, "a") == {"b": None, "c": (1, 2.5), "d": "x"}
+    types = {"b": int | None, "c": tuple[float, ...], "d": str}
+    assert options(flat, "a", types) == {"b": None, "c": (1, 2.5), "d": "x"}
 
 
 def test_no_host_is_named_in_the_lock_files() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from masksl import dataset, halves, main
+from masksl import dataset, main
 from masksl.dataset import DATASETS, TensorImages
-from masksl.halves import ComputeConfig
+from masksl.training.compute import ComputeConfig, compute
 from masksl.runtime import results
 from tests.conftest import ROOT, settings_of
 from tests.test_dataset import make_imagenet, make_tiny_imagenet
@@ -107,7 +107,7 @@ def test_options_reach_the_kernels() -> None:
     cpu, kernel = torch.device("cpu"), torch.backends.cuda.matmul
     before = kernel.fp32_precision
     for precision, rounding in (("tf32", "tf32"), ("float32", "ieee")):
-        with halves.compute(1, cpu, 0, ComputeConfig(precision=precision)):
+        with compute(1, cpu, 0, ComputeConfig(precision=precision)):
             assert kernel.fp32_precision == rounding
         assert kernel.fp32_precision == before
 

@@ -34,7 +34,8 @@ def counts(sync: str, compressor: str) -> dict[str, Any]:
 
     def count(messages: Any, timeout: float | None) -> Any:
         for message in messages:
-            sent[message.metadata.message_type] += 1
+            if not message.metadata.message_type.startswith("query."):
+                sent[message.metadata.message_type] += 1
             if message.metadata.message_type == "train.forward":
                 clients.add(message.metadata.dst_node_id - 1)
         return exchange(messages, timeout)

@@ -50,7 +50,7 @@ def test_halves_hold_exactly_the_network(
             assert torch.equal(server(activation), logits)
 
 
-def test_named_cuts_are_those_of_the_design() -> None:
+def test_named_cuts() -> None:
     cuts = {n: list(a.cuts.values()) for n, a in model.ARCHITECTURES.items()}
     assert cuts["vgg19"] == [2, 8, 15]
     assert cuts["resnet18"] == [2, 5, 7]
@@ -67,7 +67,7 @@ def test_small_cnn_takes_any_image(size: int, channels: int) -> None:
     assert units[0][0].out_channels == 64
 
 
-def test_weights_follow_from_the_seed_alone() -> None:
+def test_weights_depend_on_the_seed_alone() -> None:
     state = torch.random.get_rng_state()
     first, same, other = (model.build("small_cnn", 10, 1, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)

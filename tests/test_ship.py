@@ -1,4 +1,4 @@
-"""Pieces for a machine without network: of the size asked for, and whole again."""
+"""Transfer in pieces: their size, their checks, the extracted files."""
 
 import importlib.util
 import os
@@ -23,21 +23,21 @@ def ship(*arguments: object, cwd: Path, program: Path = SHIP):
     )
 
 
-def test_what_is_packed_comes_out_again(tmp_path: Path) -> None:
+def test_packed_files_are_unpacked_unchanged(tmp_path: Path) -> None:
     noise = random.Random(0).randbytes(2_500_000)
     (tmp_path / "data/inner").mkdir(parents=True)
     (tmp_path / "data/inner/noise").write_bytes(noise)
-    (tmp_path / "notes.txt").write_text("of no account")
+    (tmp_path / "notes.txt").write_text("some notes")
     done = ship("pack", "pieces", "data", "notes.txt", "--limit=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pieces = sorted((tmp_path / "pieces").glob("piece-*"))
     assert len(pieces) == 3
     assert all(piece.stat().st_size <= 1_000_000 for piece in pieces)
-    carried = tmp_path / "pieces/ship.py"
-    done = ship("unpack", "pieces", "there", cwd=tmp_path, program=carried)
+    copied = tmp_path / "pieces/ship.py"
+    done = ship("unpack", "pieces", "there", cwd=tmp_path, program=copied)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "there/data/inner/noise").read_bytes() == noise
-    assert (tmp_path / "there/notes.txt").read_text() == "of no account"
+    assert (tmp_path / "there/notes.txt").read_text() == "some notes"
 
     done = ship("pack", "pieces", "notes.txt", cwd=tmp_path)
     assert done.stderr == "ship: pieces: is not empty\n"
@@ -53,7 +53,7 @@ def test_what_is_packed_comes_out_again(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-def test_what_a_python_needs_is_picked_from_the_lock() -> None:
+def test_requirements_of_a_python_version_are_selected() -> None:
     spec = importlib.util.spec_from_file_location("ship", SHIP)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -71,7 +71,7 @@ def test_what_a_python_needs_is_picked_from_the_lock() -> None:
     assert module.locked(text, "3.11").startswith("numpy==2.4.6 ")
 
 
-def test_the_code_comes_along(tmp_path: Path) -> None:
+def test_the_code_is_packed(tmp_path: Path) -> None:
     done = ship("pack", tmp_path / "pieces", "--code", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     done = ship("unpack", tmp_path / "pieces", tmp_path / "there", cwd=tmp_path)
@@ -97,7 +97,7 @@ def test_wheels_need_poetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_a_dry_run_of_the_full_list(data_root: Path, tmp_path: Path) -> None:
-    """Two epochs of few images where the pieces were unpacked, and results back."""
+    """Run two epochs in an unpacked copy and pack its results."""
     ship("pack", tmp_path / "pieces", "--code", cwd=ROOT)
     there = tmp_path / "there"
     done = ship("unpack", tmp_path / "pieces", there, cwd=tmp_path)

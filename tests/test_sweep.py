@@ -1,4 +1,4 @@
-"""Sweeps as processes: broken off, continued, and what fails in them."""
+"""Sweeps as processes: killed, continued, and with failing runs."""
 
 import os
 import shutil
@@ -23,12 +23,12 @@ SWEEP = (
     *("rounds=6", "dataset.limit=null", "dataset.test_limit=60", "target=0.3"),
     *("clients=3", "cut=shallow,medium", "compressor=none,ms_context", "seed=1"),
 )
-RUNS = 3  # without compression at the shallow cut alone
+RUNS = 3  # uncompressed only at the shallow cut
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    place = f"hydra.sweep.dir={folder}"
-    return [sys.executable, "-m", "masksl.main", *SWEEP, place, *overrides]
+    sweep_dir = f"hydra.sweep.dir={folder}"
+    return [sys.executable, "-m", "masksl.main", *SWEEP, sweep_dir, *overrides]
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -44,25 +44,25 @@ def finished(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"**/{results.SUMMARY}"))
 
 
-def begun(folder: Path) -> int:
-    """Return how many rounds have been done in all."""
+def rounds_done(folder: Path) -> int:
+    """Return the number of completed rounds of all runs."""
     rows = folder.glob(f"**/{results.METRICS}")
     return sum(path.read_text().count("\n") for path in rows)
 
 
-def break_off(folder: Path, rounds: int, signal_: signal.Signals) -> None:
-    """Run the sweep until so many rounds are done, and kill its process alone."""
+def kill_sweep(folder: Path, rounds: int, signal_: signal.Signals) -> None:
+    """Start the sweep and signal only its process after a number of rounds."""
     with subprocess.Popen(
         command(folder),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # A shell's "&" may have it ignored.
+        # A shell's "&" may ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:
         deadline = time.monotonic() + 240
-        while begun(folder) < rounds:
+        while rounds_done(folder) < rounds:
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         running.send_signal(signal_)
@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_sweep_leaves_out_what_is_to_be_skipped(undisturbed: Path) -> None:
+def test_a_sweep_skips_repeated_uncompressed_runs(undisturbed: Path) -> None:
     names = [path.parent.relative_to(undisturbed) for path in finished(undisturbed)]
     assert list(map(str, names)) == [
         f"{place}/seed=1"
@@ -90,10 +90,10 @@ def test_a_sweep_leaves_out_what_is_to_be_skipped(undisturbed: Path) -> None:
 def test_a_sweep_killed_twice_gives_the_same_table(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    break_off(tmp_path, 3, signal.SIGKILL)
-    first = begun(tmp_path)
+    kill_sweep(tmp_path, 3, signal.SIGKILL)
+    first = rounds_done(tmp_path)
     assert len(finished(tmp_path)) < RUNS
-    break_off(tmp_path, first + 5, signal.SIGKILL)
+    kill_sweep(tmp_path, first + 5, signal.SIGKILL)
     assert len(finished(tmp_path)) < RUNS
     done = sweep(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -110,16 +110,16 @@ def test_a_finished_sweep_is_not_repeated(undisturbed: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished(undisturbed)} == before
 
 
-def test_a_sweep_ends_with_its_time_or_an_interrupt(tmp_path: Path) -> None:
+def test_a_sweep_ends_at_its_time_limit_or_an_interrupt(tmp_path: Path) -> None:
     done = sweep(tmp_path, "rounds=1000", "hydra.launcher.minutes=0.1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"0 of {RUNS} runs are finished" in done.stdout
     assert not processes(str(tmp_path))
-    break_off(tmp_path / "again", 1, signal.SIGINT)
+    kill_sweep(tmp_path / "again", 1, signal.SIGINT)
     assert not processes(str(tmp_path))
 
 
-def test_what_fails_does_not_hold_up_the_others(
+def test_a_failed_run_does_not_stop_the_others(
     undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
@@ -135,7 +135,7 @@ def test_what_fails_does_not_hold_up_the_others(
     assert len(finished(folder)) == RUNS - 1
 
 
-def test_a_wrong_sweep_is_refused_before_it_begins(tmp_path: Path) -> None:
+def test_a_wrong_sweep_is_refused_before_any_run(tmp_path: Path) -> None:
     done = sweep(tmp_path, "batch_size=26,0")
     assert done.returncode == 1
     assert "batch_size=0: must be a whole number from 1 on" in done.stderr
@@ -174,8 +174,8 @@ def test_a_wrong_launcher_is_refused(
 FEW = ("seed=1,2", "cut=medium,deep", "compressor=none,ms")
 
 
-def test_runs_begin_in_the_order_of_the_paper() -> None:
-    """Of the list of full runs: one seed first, a task, a cut, then its compressors."""
+def test_runs_start_in_the_order_of_the_paper() -> None:
+    """Order the full runs by seed, task, cut and compressor."""
     script = (
         "import runpy, masksl.sweep\n"
         "masksl.sweep.run = lambda jobs, *_: print(*(job.name for job in jobs))\n"
@@ -187,10 +187,10 @@ def test_runs_begin_in_the_order_of_the_paper() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
     )
-    begun_by = [
+    expected = [
         f"{task}/10_clients/{place}/seed={seed}"
         for seed in (1, 2)
         for task in ("vgg19_cifar10", "resnet18_cifar100")
         for place in ("medium/none", "medium/ms", "deep/ms")
     ]
-    assert done.stdout.split() == begun_by
+    assert done.stdout.split() == expected

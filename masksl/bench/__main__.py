@@ -1,6 +1,6 @@
 """Command line of the benchmarks.
 
-Each prints a table and writes its rows as JSON.
+Each benchmark prints a table and writes its rows as JSON.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from masksl.runtime.checkpoint import CheckpointError
 
 
 def main() -> None:
-    """Run the benchmark that the command line names."""
+    """Run the benchmark named by the command line."""
     parser = argparse.ArgumentParser(prog="python -m masksl.bench", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
@@ -75,7 +75,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run a benchmark, print its table, write its rows."""
     result: dict[str, Any] = {}
-    if arguments.benchmark != "engine":  # its runs set their own
+    if arguments.benchmark != "engine":  # its runs set their threads
         torch.set_num_threads(arguments.threads)
         result["threads"] = arguments.threads
     match arguments.benchmark:

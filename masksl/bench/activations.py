@@ -1,8 +1,8 @@
-"""What compressors do to the activations of a briefly trained network.
+"""Error and size of compressed activations of a briefly trained network.
 
-What is compressed are the activations of 256 images that it was not trained on, as the
-client would send them in a training step: the first training images, left out, or the
-first test images, where the network is that of a run.
+The activations are those of 256 images outside the training set, in training mode, as a
+client sends them. The images are the first training images, which are held out, or the
+first test images if the network comes from a run.
 """
 
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ from torch import nn
 
 from masksl import model
 from masksl.compress import decode, make
-from masksl.dataset import DATASETS, DatasetConfig, load
+from masksl.dataset import DatasetConfig, load
 from masksl.runtime import checkpoint
 from masksl.runtime.checkpoint import CheckpointError
 from masksl.utils import seeded_generator
 
-HELD_OUT = 256  # images, the first ones
+HELD_OUT = 256  # number of images, taken from the start of the set
 BATCH = 100
 
 Row = dict[str, Any]
@@ -30,19 +30,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Network:
-    """A network and its training: one epoch at seed 0, or that of a run.
+    """A network and its training: one epoch with seed 0, or the training of a run.
 
     Parameters
     ----------
     model, dataset : str
         Names of the network and of the data set.
     images : int | None
-        How many training images it sees, every time anew in a run; all but those held
-        out where it is None.
+        Number of training images; in a run, summed over its rounds. None: all but those
+        held out.
     lr : float
-        Learning rate of SGD with momentum 0.9 and weight decay 5e-4, at first in a run.
+        Learning rate of SGD with momentum 0.9 and weight decay 5e-4; in a run, that of
+        the first round.
     top1 : float | None
-        Test accuracy of the run, a fraction; None where it is not that of a run.
+        Test accuracy of the run, a fraction; None without a run.
     """
 
     model: str
@@ -58,17 +59,17 @@ def train(network: Network, root: str) -> tuple[model.Units, torch.Tensor, int]:
     Parameters
     ----------
     network : Network
-        What to train, and on what.
+        The network, its data set and its learning rate.
     root : str
         Folder of the data sets.
 
     Returns
     -------
     tuple[list[nn.Module], torch.Tensor, int]
-        Its units, the images held out, float32, shape (256, C, H, W), and how many
-        images it has seen.
+        Its units; the held-out images, float32, shape (256, C, H, W); the number of
+        training images.
     """
-    data = load(DatasetConfig(network.dataset, root))
+    data = load(DatasetConfig(name=network.dataset, root=root))
     spec = data.spec
     units = model.build(network.model, spec.classes, spec.channels, seed=0)
     whole = nn.Sequential(*units).train()
@@ -78,7 +79,8 @@ def train(network: Network, root: str) -> tuple[model.Units, torch.Tensor, int]:
     draws = seeded_generator(0, "briefly trained")
     rest = len(data.train.labels) - HELD_OUT
     order = HELD_OUT + torch.randperm(rest, generator=draws)[: network.images]
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+    # Dropout draws from the global generator.
+    with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         for indices in order.split(BATCH):
             images, labels = data.train_batch(indices, draws)
@@ -97,13 +99,13 @@ def activation(units: model.Units, cut: int, images: torch.Tensor) -> torch.Tens
 
 
 def measure(tensor: torch.Tensor, name: str, options: dict[str, Any]) -> Row:
-    """Return what a compressor makes of a tensor.
+    """Compress a tensor and measure size and error.
 
     Returns
     -------
     dict[str, Any]
-        ``bits`` an element, header included; ``error``, the relative error; ``norm``,
-        the 2-norm of the difference.
+        ``bits`` per element, with the header; ``error``, the relative 2-norm error;
+        ``norm``, the 2-norm of the error.
     """
     frame = make(name, **options).encode(tensor)
     norm = float((decode(frame) - tensor).norm())
@@ -118,12 +120,12 @@ def measure(tensor: torch.Tensor, name: str, options: dict[str, Any]) -> Row:
 
 # --- bits at one error ----------------------------------------------------------------
 
-PAPER_BITS = 2.32  # an element, of ms at 99 % and 2 bits
+PAPER_BITS = 2.32  # per element: ms at sparsity 99 % with 2 bits
 MS_BEST = {"values": "bfloat16", "lossless": "auto"}
 
 
 def compare(tensor: torch.Tensor) -> list[Row]:
-    """Return `ms` at the paper's setting, and others at its error or its bits."""
+    """Measure `ms` at the paper's setting, and others at its error or its bits."""
     paper = measure(tensor, "ms", {})
     error = paper["error"]
     others: list[tuple[str, dict[str, Any]]] = [
@@ -150,7 +152,7 @@ def targets(root: str, vgg19_images: int | None) -> list[Row]:
     root : str
         Folder that holds CIFAR-10.
     vgg19_images : int | None
-        Images that VGG19 is trained on; the small CNN sees all 49,744.
+        Training images of VGG19; the small CNN is trained on all 49,744.
     """
     rows: list[Row] = []
     for network, cut in (
@@ -185,7 +187,7 @@ def show_targets(rows: Iterable[Row]) -> None:
 
 
 def label(row: Row) -> str:
-    """Return a compressor and its options in a few words."""
+    """Return a compressor and its options as text."""
     options = (
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in row["options"].items()
@@ -195,12 +197,12 @@ def label(row: Row) -> str:
 
 # --- error against bits ---------------------------------------------------------------
 
-BUDGETS = range(2, 8)  # q: ms keeps 1 of 32 and has masks of q bits
+BUDGETS = range(2, 8)  # q: ms keeps 1 of 32 elements and has masks of q bits
 FLOATS = {3: (2, 1), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (3, 4), 8: (4, 4)}
 
 
 def settings(budget: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return compressors that count as budget + 1 bits an element in the paper."""
+    """Return the compressors that the paper counts as budget + 1 bits per element."""
     share = budget / 32
     exponent, mantissa = FLOATS[budget + 1]
     return [
@@ -217,14 +219,14 @@ def settings(budget: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def figure2(units: model.Units, name: str, images: torch.Tensor) -> list[Row]:
-    """Return error and bits of all `settings` at the named cuts of a network.
+    """Measure all compressors of `settings` at the named cuts of a network.
 
     Parameters
     ----------
     units : list[nn.Module]
         The network.
     name : str
-        What it is called.
+        Its name.
     images : torch.Tensor
         float32, shape (B, C, H, W), normalised.
     """
@@ -240,14 +242,16 @@ def figure2(units: model.Units, name: str, images: torch.Tensor) -> list[Row]:
 
 
 def figure2_of_training(network: Network, root: str) -> dict[str, Any]:
-    """Return a network, trained here, and its rows of `figure2`."""
+    """Train a network; return its description and its rows of `figure2`."""
     units, images, seen = train(network, root)
     rows = figure2(units, network.model, images)
     return {"network": asdict(network) | {"images": seen}, "rows": rows}
 
 
 def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
-    """Return the network of a run, and its rows of `figure2` on test images.
+    """Return the description of a run's network, and its rows of `figure2`.
+
+    The images are the first test images.
 
     Parameters
     ----------
@@ -264,7 +268,8 @@ def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
     units, facts = trained(folder)
     run = facts["settings"]
     name, dataset = run["model.name"], run["dataset.name"]
-    images, _ = load(DatasetConfig(dataset, root)).test_batch(torch.arange(HELD_OUT))
+    data = load(DatasetConfig(name=dataset, root=root))
+    images, _ = data.test_batch(torch.arange(HELD_OUT))
     seen = sum(row["samples"] for row in facts["rows"])
     top1 = facts["rows"][-1]["top1"]
     network = Network(name, dataset, seen, run["optimizer.lr"], top1)
@@ -272,7 +277,7 @@ def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> tuple[model.Units, dict[str, Any]]:
-    """Return the network of a run as its checkpoint has it, and the checkpoint's facts.
+    """Return the network of a run as in its checkpoint, and the checkpoint's facts.
 
     Parameters
     ----------
@@ -282,19 +287,17 @@ def trained(folder: Path) -> tuple[model.Units, dict[str, Any]]:
     Raises
     ------
     CheckpointError
-        If it has no checkpoint that can be read, or its clients do not share a half.
+        If it has no readable checkpoint, or its clients have different halves.
     """
+    # Imported here: the compressors are timed without Flower.
+    # pylint: disable-next=import-outside-toplevel
+    from masksl.methods.split.server import network_of
+
     tensors, facts = checkpoint.read(folder)
     run = facts["settings"]
     if run["client_sync"] == "never":
         raise CheckpointError(f"{folder}: its clients have a half each, expected one")
-    spec, name = DATASETS[run["dataset.name"]], run["model.name"]
-    units = model.build(name, spec.classes, spec.channels, seed=0)
-    halves = model.split(units, model.resolve_cut(name, run["cut"]))
-    for group, half in zip(("shared", "server"), halves, strict=True):
-        names = half.state_dict()
-        half.load_state_dict({key: tensors[f"{group}/{key}"] for key in names})
-    return units, facts
+    return list(network_of(tensors, run)), facts
 
 
 def show_figure2(result: dict[str, Any]) -> None:

@@ -1,30 +1,37 @@
-"""Where the Flower apps run: engines behind one function, `run`."""
+"""Engines: where the Flower apps run.
+
+All are started by one function, `run`.
+"""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.serverapp import ServerApp
+from masksl.engine.options import ENGINES
 
-ENGINES = ("flower", "local", "ray")
+if TYPE_CHECKING:  # configurations are checked without Flower
+    from flwr.serverapp import ServerApp
 
 
 class EngineError(RuntimeError):
-    """An engine that failed; one line says how."""
+    """Raised when an engine fails; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all processes of a run need and one can make for all.
+    """An object that all processes of a run need and that is made only once.
 
     Parameters
     ----------
     make : Callable[[], Any]
-        Makes it; NumPy arrays in it lie in memory once for all processes of a machine.
+        Makes the object. Its NumPy arrays are stored once per machine, in shared
+        memory.
     adopt : str
-        What every process hands it to, as ``module:function``.
+        Function that receives the object in every process, as ``module:function``.
     """
 
     make: Callable[[], Any]
@@ -40,39 +47,44 @@ def run(
     options: Mapping[str, Any],
     shared: Shared | None = None,
 ) -> None:
-    """Run a ServerApp with so many clients to its end.
+    """Run a ServerApp with a number of clients until it returns.
 
     Parameters
     ----------
     name : str
         One of `ENGINES`.
     build : Callable[[], ServerApp]
-        Makes the ServerApp; picklable, since some engines call it in a process of
-        their own.
+        Builds the ServerApp. It must be picklable, because some engines call it in
+        another process.
     client_app : str
-        The ClientApp that every client runs, as ``module:attribute``.
+        The ClientApp of every client, as ``module:attribute``.
     clients : int
         Number of nodes. Node i has ``partition-id`` i in its node configuration.
     options : Mapping[str, Any]
-        Settings of the engine.
+        Options of the engine by name, lists as tuples; see `masksl.engine.options`.
+        Missing options have their defaults.
     shared : Shared | None
-        What hosts of the `ray` engine need not each make; the other engines take no
-        notice of it.
+        An object for the hosts of the `ray` engine; the other engines ignore it.
 
     Raises
     ------
+    ValueError
+        If there is no such engine, or an option is wrong.
+    EngineError
+        If the engine fails.
     Exception
-        What the ServerApp raised.
+        Any exception of the ServerApp.
     """
     if name not in ENGINES:
         raise ValueError(f"engine.name={name!r}: must be one of {', '.join(ENGINES)}")
+    section = ENGINES[name](**{**options, "name": name})
     # Imported by name, so that the local engine never loads Ray.
-    chosen = import_module(f"masksl.engine.{name}")
-    chosen.run(build, client_app, clients=clients, options=options, shared=shared)
+    engine = import_module(f"masksl.engine.{name}")
+    engine.run(build, client_app, clients=clients, options=section, shared=shared)
 
 
 def stop() -> None:
-    """End what an engine keeps running for the next run of this process."""
-    ray = sys.modules.get("masksl.engine.ray")
-    if ray is not None:
-        ray.stop()
+    """Stop everything that an engine keeps running between the runs of this process."""
+    ray_session = sys.modules.get("masksl.engine.ray_session")
+    if ray_session is not None:
+        ray_session.stop()

@@ -1,7 +1,7 @@
-"""Engine `flower`: Flower's own simulation on Ray, in a process of its own.
+"""Engine `flower`: Flower's own simulation on Ray, in a child process.
 
-That simulation is called here and nowhere else. It shuts Ray down when it ends and
-takes a first Ctrl-C for itself, so it runs in a child process, which the parent ends.
+The simulation shuts Ray down when it ends and handles the first Ctrl-C itself.
+Therefore it runs in a child process, which the parent can kill.
 """
 
 import logging
@@ -12,16 +12,17 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from flwr.serverapp import ServerApp
 
 from masksl.engine import EngineError, Shared
-from masksl.engine.nodes import named
+from masksl.engine.nodes import import_attribute
+from masksl.engine.options import FlowerOptions
 
-GRACE = 10.0  # seconds that the child has to end once it has reported
+EXIT_TIMEOUT = 10.0  # seconds for the child to exit after its report
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -30,37 +31,36 @@ def run(
     client_app: str,
     *,
     clients: int,
-    options: Mapping[str, Any],
+    options: FlowerOptions,
     shared: Shared | None,
 ) -> None:
-    """Run a ServerApp with so many clients; see `masksl.engine.run`.
+    """Run a ServerApp with a number of clients; see `masksl.engine.run`.
 
     Parameters
     ----------
-    options : Mapping[str, Any]
-        ``cpus_per_client`` and ``gpus_per_client``: what Ray reserves for each client
-        at work, so how many work at once.
+    options : FlowerOptions
+        Resources of each client.
     shared : Shared | None
-        Flower's processes have no place for it.
+        Ignored: Flower's worker processes cannot receive it.
     """
     del shared
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     watched, alive = spawn.Pipe(duplex=False)  # closes when this process ends
-    arguments = (build, client_app, clients, dict(options), sender, watched)
+    arguments = (build, client_app, clients, options, sender, watched)
     child = spawn.Process(target=_simulate, args=arguments)
     child.start()
     sender.close()
     watched.close()
     try:
         error, trace = receiver.recv()
-        child.join(GRACE)
+        child.join(EXIT_TIMEOUT)
     except EOFError:
         child.join()
         status = f"exit status {child.exitcode}"
         raise EngineError(f"Flower's simulation ended with {status}") from None
     finally:
-        if child.is_alive():  # interrupted, or it hangs after its last word
+        if child.is_alive():  # interrupted, or the child hangs after its report
             _kill(child)
         alive.close()
     if error is not None:
@@ -69,40 +69,40 @@ def run(
 
 
 def _kill(child: multiprocessing.process.BaseProcess) -> None:
-    """End the child and what it started; Ray's own processes follow."""
+    """Kill the child and its process group; Ray's daemons then exit by themselves."""
     try:
         os.killpg(child.pid or 0, signal.SIGKILL)
-    except ProcessLookupError:  # it has no group of its own yet
+    except ProcessLookupError:  # the child has not made its group yet
         child.kill()
     child.join()
     if sys.stdout.isatty():
-        sys.stdout.write(SHOW_CURSOR)  # the progress bar had no time to
+        sys.stdout.write(SHOW_CURSOR)  # the killed progress bar has hidden it
 
 
 def _simulate(
     build: Callable[[], ServerApp],
     client_app: str,
     clients: int,
-    options: Mapping[str, Any],
+    options: FlowerOptions,
     outcome: Connection,
     watched: Connection,
 ) -> None:
-    """Run the simulation in the child process and report what it raised."""
-    os.setpgrp()  # what is started from here can be ended together
-    threading.Thread(target=_follow, args=(watched,), daemon=True).start()
+    """Run the simulation in the child process and report its exception, if any."""
+    os.setpgrp()  # all processes started from here can be killed together
+    threading.Thread(target=_exit_with_parent, args=(watched,), daemon=True).start()
     warnings.simplefilter("ignore")
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
         # pylint: disable-next=import-outside-toplevel
         from flwr.simulation import run_simulation
 
-        resources = {
-            "num_cpus": options["cpus_per_client"],
-            "num_gpus": options["gpus_per_client"],
+        resources: dict[str, Any] = {
+            "num_cpus": options.cpus_per_client,
+            "num_gpus": options.gpus_per_client,
         }
         run_simulation(
             server_app=build(),
-            client_app=named(client_app),
+            client_app=import_attribute(client_app),
             num_supernodes=clients,
             backend_config={
                 "client_resources": resources,
@@ -115,10 +115,10 @@ def _simulate(
         try:
             outcome.send((error, trace))
         except Exception:  # pylint: disable=broad-exception-caught
-            outcome.send((RuntimeError(str(error)), trace))  # it could not be pickled
+            outcome.send((RuntimeError(str(error)), trace))  # it cannot be pickled
 
 
-def _follow(watched: Connection) -> None:
-    """End this process and what it started as soon as the parent is gone."""
-    watched.poll(None)  # nothing is ever sent: it returns when the other end closes
+def _exit_with_parent(watched: Connection) -> None:
+    """Kill this process and its process group when the parent exits."""
+    watched.poll(None)  # nothing is ever sent: it returns when the parent's end closes
     os.killpg(0, signal.SIGKILL)

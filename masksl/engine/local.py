@@ -1,7 +1,6 @@
-"""Engine `local`: the ServerApp and every client in this process, one after another."""
+"""Engine `local`: the ServerApp and all clients in this process, one after another."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -11,21 +10,22 @@ from masksl.engine import Shared
 from masksl.engine.nodes import (
     CallGrid,
     Nodes,
-    identify,
-    named,
+    import_attribute,
     node_configs,
     run_ids,
-    serve,
+    run_server_app,
+    set_task_identity,
 )
+from masksl.engine.options import LocalOptions
 
 
 class LocalGrid(CallGrid):
-    """A grid that answers at once, by calling the ClientApp.
+    """A grid that calls the ClientApp for every message.
 
     Parameters
     ----------
     client_app : ClientApp
-        What every client runs.
+        The ClientApp of every client.
     clients : int
         Number of nodes.
     run_id : int
@@ -34,24 +34,24 @@ class LocalGrid(CallGrid):
 
     def __init__(self, client_app: ClientApp, clients: int, run_id: int) -> None:
         super().__init__(run_id, clients)
-        self._here = Nodes(client_app, run_id, node_configs(clients))
+        self._local_nodes = Nodes(client_app, run_id, node_configs(clients))
 
     @property
     def contexts(self) -> dict[int, Context]:
-        """State of every client by its node."""
-        return self._here.contexts
+        """Context of every client by its node id."""
+        return self._local_nodes.contexts
 
     def exchange(
         self, messages: Sequence[Message], timeout: float | None
     ) -> list[Message]:
-        """Return the replies; no waiting, so no time-out."""
-        return [self._here.answer(message) for message in messages]
+        """Return the replies; ``timeout`` is ignored, because calls cannot wait."""
+        return [self._local_nodes.answer(message) for message in messages]
 
 
 def open_grid(client_app: ClientApp, clients: int) -> LocalGrid:
     """Return a grid for a new run of this process."""
     run_id = next(run_ids)
-    identify(run_id)
+    set_task_identity(run_id)
     return LocalGrid(client_app, clients, run_id)
 
 
@@ -60,12 +60,12 @@ def run(
     client_app: str,
     *,
     clients: int,
-    options: Mapping[str, Any],
+    options: LocalOptions,
     shared: Shared | None,
 ) -> None:
-    """Run a ServerApp with so many clients; see `masksl.engine.run`.
+    """Run a ServerApp with a number of clients; see `masksl.engine.run`.
 
-    There are no options, and one process has nothing to share.
+    ``options`` and ``shared`` are ignored: there is one process and nothing to set.
     """
     del options, shared
-    serve(build, open_grid(named(client_app), clients))
+    run_server_app(build, open_grid(import_attribute(client_app), clients))

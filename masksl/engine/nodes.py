@@ -1,4 +1,4 @@
-"""What engines of our own share: the nodes of a run, and a grid that sends by calls."""
+"""Nodes of a run and the base of our grids, shared by the engines of this package."""
 
 import itertools
 from abc import abstractmethod
@@ -19,21 +19,21 @@ run_ids = itertools.count(1)
 
 
 class Nodes:
-    """Nodes of one process: a context for each, and the ClientApp that answers.
+    """The nodes of one process: a context for each, and one ClientApp for all.
 
     Parameters
     ----------
     client_app : ClientApp
-        What every node runs.
+        The ClientApp of every node.
     run_id : int
         Id of the run.
     configs : Mapping[int, Mapping[str, Any]]
-        Node configuration by the id of the node; see `node_configs`.
+        Node configuration by node id; see `node_configs`.
 
     Attributes
     ----------
     contexts : dict[int, Context]
-        State of every node by its id.
+        Context by node id.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class Nodes:
         }
 
     def answer(self, message: Message) -> Message:
-        """Return the reply of the node that a message goes to."""
+        """Call the ClientApp for the node of a message and return its reply.
+
+        An exception becomes an error reply, as in Flower.
+        """
         context = self.contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)
@@ -66,14 +69,14 @@ class Nodes:
 
 
 class CallGrid(Grid):
-    """A grid whose exchanges are calls that return with the replies.
+    """A grid whose exchange is one blocking call.
 
     Parameters
     ----------
     run_id : int
         Id of the run.
     clients : int
-        Number of nodes, 1 to ``clients``.
+        Number of nodes; their ids are 1 to ``clients``.
     """
 
     def __init__(self, run_id: int, clients: int) -> None:
@@ -86,18 +89,23 @@ class CallGrid(Grid):
     def exchange(
         self, messages: Sequence[Message], timeout: float | None
     ) -> list[Message]:
-        """Return the replies to messages that have their ids.
+        """Send messages and return the replies in any order.
 
-        Those that do not come within ``timeout`` seconds are left out.
+        Parameters
+        ----------
+        messages : Sequence[Message]
+            Messages with their ids.
+        timeout : float | None
+            Seconds after which missing replies are left out; None waits for all.
         """
 
     def set_run(self, run: Run) -> None:  # pylint: disable=redefined-outer-name
-        """Take the run that messages belong to."""
+        """Set the run of the messages."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run that messages belong to."""
+        """The run of the messages."""
         return self._run
 
     # pylint: disable-next=too-many-arguments,too-many-positional-arguments
@@ -113,18 +121,18 @@ class CallGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes, by partition."""
+        """Return the node ids in the order of the partitions."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer messages; `pull_messages` gives the replies out."""
-        sent = self._identify(messages)
+        """Send messages, keep the replies for `pull_messages`, return the ids."""
+        sent = self._assign_ids(messages)
         for reply in self.exchange(sent, None):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies to these messages, once each."""
+        """Return the replies to these messages; each reply is returned once."""
         return [
             self._replies.pop(message_id)
             for message_id in message_ids
@@ -134,11 +142,15 @@ class CallGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Return the replies that come within ``timeout`` seconds."""
-        return self.exchange(self._identify(messages), timeout)
+        """Send messages and return the replies received within ``timeout`` seconds."""
+        return self.exchange(self._assign_ids(messages), timeout)
 
-    def _identify(self, messages: Iterable[Message]) -> list[Message]:
-        """Give messages their ids, as Flower does."""
+    def _assign_ids(self, messages: Iterable[Message]) -> list[Message]:
+        """Give messages the ids that replies refer to.
+
+        Flower 1.41 has no setter for the id: its own grids write this private entry too
+        (``flwr/superlink/grid/inmemory_grid.py``).
+        """
         sent = list(messages)
         for message in sent:
             self._sent += 1
@@ -147,31 +159,33 @@ class CallGrid(Grid):
 
 
 def node_configs(clients: int) -> dict[int, dict[str, Any]]:
-    """Return the configuration of every node by its id: partition i is node i + 1."""
+    """Return the node configuration by node id; partition i is node i + 1."""
     return {
         number + 1: {"partition-id": number, "num-partitions": clients}
         for number in range(clients)
     }
 
 
-def identify(run_id: int) -> None:
-    """Tell this process the run that its messages belong to.
+def set_task_identity(run_id: int) -> None:
+    """Set the run id that Flower stamps on messages.
 
-    Outside Flower's runtime nobody else does: it is done here, for every engine.
+    In Flower 1.41 ``Message(...)`` raises an error in a process without a
+    `TaskIdentity`. Flower's runtime normally sets it; our engines must do it
+    themselves.
     """
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SUPERLINK_NODE_ID
     TaskIdentity.task_id = 1
 
 
-def named(path: str) -> Any:
-    """Return what ``module:attribute`` names."""
+def import_attribute(path: str) -> Any:
+    """Import a module and return its attribute; the path is ``module:attribute``."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
 
 
-def serve(build: Callable[[], ServerApp], grid: Grid) -> None:
-    """Run a ServerApp on a grid to its end."""
+def run_server_app(build: Callable[[], ServerApp], grid: Grid) -> None:
+    """Build a ServerApp and run it on a grid until it returns."""
     context = Context(
         run_id=grid.run.run_id,
         node_id=0,

@@ -1,28 +1,24 @@
-"""Engine `ray`: clients kept by a few Ray actors, the hosts, and called directly.
+"""Engine `ray`: clients are kept by a few Ray actors, the hosts.
 
-A host keeps its clients for the whole run: their contexts, their data and their live
-graphs never leave its memory. An exchange is one call a host, with the messages of all
-its clients, or a few where these are large. Ray is started once in a process and used
-by all its runs.
+A host keeps its clients for the whole run: their contexts, data and autograd graphs
+stay in its memory. An exchange is one call per host with the messages of all its
+clients, or a few calls if these are large. Ray is started once in a process and used by
+all its runs.
 """
 
 import logging
 import math
 import os
-import signal
-import socket
-import threading
 import time
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import ray
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 from ray.exceptions import RayError, RayTaskError
@@ -31,179 +27,89 @@ from masksl.engine import EngineError, Shared
 from masksl.engine.nodes import (
     CallGrid,
     Nodes,
-    identify,
-    named,
+    import_attribute,
     node_configs,
     run_ids,
-    serve,
+    run_server_app,
+    set_task_identity,
 )
+from masksl.engine.options import RayOptions
+from masksl.engine.packing import pack, portions, unpack
+from masksl.engine.ray_session import error_line, start
 from masksl.utils import MANY_CLIENTS, trim_heap
 
-PATIENCE = 180.0  # seconds that hosts have to start
-KNOCK = 5.0  # seconds that a cluster has to answer
-INLINE = 2_000_000  # bytes of a call that travel in it, not through shared memory
-PORTION = 16_000_000  # bytes of arrays that a call carries, one message at least
-OUT_OF_BAND = 16_384  # bytes from which an array is not pickled with its message
+START_TIMEOUT = 180.0  # seconds for the hosts to start
 
 logger = logging.getLogger(__name__)
 
-_started: dict[str, Any] = {}
-
 
 @dataclass(frozen=True)
-class Place:
-    """One host: where it is and which nodes it keeps.
+class HostSpec:
+    """Placement of one host.
 
     Parameters
     ----------
     nodes : dict[int, dict[str, Any]]
-        Node configuration by the id of the node.
+        Node configuration by node id.
     resource : str | None
-        Ray node resource that its machine must have.
+        Ray resource that the machine of the host must have.
     """
 
     nodes: dict[int, dict[str, Any]]
     resource: str | None = None
 
 
-def places(clients: int, options: Mapping[str, Any]) -> list[Place]:
-    """Return the hosts of a run: neighbouring partitions live together.
+def host_specs(clients: int, options: RayOptions) -> list[HostSpec]:
+    """Return the hosts of a run; each keeps neighbouring partitions.
 
     Parameters
     ----------
     clients : int
         Number of nodes.
-    options : Mapping[str, Any]
-        ``hosts``, and ``pin`` or None: entries ``RESOURCE FIRST-LAST [KEY=VALUE ...]``
-        give ``hosts`` hosts to these partitions where that Ray resource is, with these
-        entries in the configuration of their nodes.
+    options : RayOptions
+        Without pins there are ``hosts`` hosts, or one per client if these are fewer.
+        With pins each pin gets that many hosts for its partitions.
     """
     configs = node_configs(clients)
-    if not options["pin"]:
-        return _divide(configs, options["hosts"], None)
-    found = []
-    for entry in options["pin"]:
-        resource, span, *pairs = entry.split()
-        first, _, last = span.partition("-")
-        told = dict(pair.split("=", 1) for pair in pairs)
+    if not options.pin:
+        return _divide(configs, options.hosts, None)
+    specs = []
+    for pin in options.pins:
         nodes = {
-            number + 1: configs[number + 1] | told
-            for number in range(int(first), int(last or first) + 1)
+            number + 1: configs[number + 1] | pin.node_config
+            for number in pin.partitions
         }
-        found += _divide(nodes, options["hosts"], resource)
-    return found
+        specs += _divide(nodes, options.hosts, pin.resource)
+    return specs
 
 
 def _divide(
     nodes: Mapping[int, dict[str, Any]], hosts: int, resource: str | None
-) -> list[Place]:
+) -> list[HostSpec]:
     parts = np.array_split(list(nodes), min(hosts, len(nodes)))
-    return [Place({int(n): nodes[int(n)] for n in part}, resource) for part in parts]
-
-
-# --- what crosses ---------------------------------------------------------------------
-
-
-def portions(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Divide what a host is sent, as a rule into one call.
-
-    Ray keeps what is large in shared memory until the call is answered, and never gives
-    that memory back. A record that several messages share weighs once.
-    """
-    portion: list[Message] = []
-    inside: set[int] = set()  # records of the portion
-    weight = 0
-    for message in messages:
-        records = message.content.array_records.values()
-        weights = {id(r): sum(len(a.data) for a in r.values()) for r in records}
-        more = sum(w for record, w in weights.items() if record not in inside)
-        if portion and more and weight + more > PORTION:
-            yield portion
-            portion, inside, weight, more = [], set(), 0, sum(weights.values())
-        portion.append(message)
-        inside |= weights.keys()
-        weight += more
-    if portion:
-        yield portion
-
-
-def pack(contents: Sequence[RecordDict]) -> list[dict[str, Any]]:
-    """Return contents of messages as what Ray carries with the fewest copies.
-
-    A record that several contents share is there once. Data from `OUT_OF_BAND` bytes on
-    become NumPy arrays, which Ray does not copy into the pickled message.
-    """
-    seen: dict[int, list[Any]] = {}
-    packed = []
-    for content in contents:
-        records: dict[str, Any] = {}
-        for name, record in content.items():
-            if isinstance(record, ArrayRecord):
-                if id(record) not in seen:
-                    seen[id(record)] = _pack_arrays(record)
-                records[name] = seen[id(record)]
-            else:
-                records[name] = record
-        packed.append(records)
-    return packed
-
-
-def unpack(packed: Sequence[Mapping[str, Any]]) -> Iterator[RecordDict]:
-    """Undo `pack`, one content after another; what was one record is one again."""
-    shared = Counter(id(record) for records in packed for record in records.values())
-    seen: dict[int, ArrayRecord] = {}
-    for records in packed:
-        content = RecordDict()
-        for name, record in records.items():
-            if not isinstance(record, list):
-                content[name] = record
-            elif shared[id(record)] == 1:
-                content[name] = _unpack_arrays(record)
-            else:
-                if id(record) not in seen:
-                    seen[id(record)] = _unpack_arrays(record)
-                content[name] = seen[id(record)]
-        yield content
-
-
-def _pack_arrays(record: ArrayRecord) -> list[Any]:
-    arrays = []
-    for key, array in record.items():
-        data: Any = array.data
-        if len(data) >= OUT_OF_BAND:
-            data = np.frombuffer(data, np.uint8)
-        arrays.append((key, array.dtype, array.shape, array.stype, data))
-    return arrays
-
-
-def _unpack_arrays(arrays: list[Any]) -> ArrayRecord:
-    record = ArrayRecord()
-    for key, dtype, shape, stype, data in arrays:
-        whole = data if isinstance(data, bytes) else data.tobytes()
-        record[key] = Array(dtype=dtype, shape=shape, stype=stype, data=whole)
-    return record
+    return [HostSpec({int(n): nodes[int(n)] for n in part}, resource) for part in parts]
 
 
 # --- hosts ----------------------------------------------------------------------------
 
 
 class Host:
-    """Some nodes of a run, in a process of their own.
+    """A Ray actor that keeps some nodes of a run.
 
     Parameters
     ----------
     client_app : str
-        What every node runs, as ``module:attribute``.
+        The ClientApp of every node, as ``module:attribute``.
     run_id : int
         Id of the run.
     nodes : dict[int, dict[str, Any]]
-        Node configuration by the id of the node.
+        Node configuration by node id.
     gpu_memory : float | None
-        Share of a GPU's memory that it may take.
+        Share of a GPU's memory that the process may use; None for no limit.
     adopt : str | None
-        What takes ``shared``, as ``module:function``.
+        Function that receives ``shared``, as ``module:function``.
     shared : Any
-        What the processes of the run have in common.
+        The object that all hosts of the run share.
     """
 
     # pylint: disable-next=too-many-arguments,too-many-positional-arguments
@@ -219,12 +125,12 @@ class Host:
         if gpu_memory is not None:
             _limit_gpu_memory(gpu_memory)
         if adopt is not None:
-            named(adopt)(shared)
-        identify(run_id)
-        self._nodes = Nodes(named(client_app), run_id, nodes)
+            import_attribute(adopt)(shared)
+        set_task_identity(run_id)
+        self._nodes = Nodes(import_attribute(client_app), run_id, nodes)
 
     def ready(self) -> int:
-        """Return the id of its process, once it is there."""
+        """Return the process id; Ray answers only after the actor has started."""
         return os.getpid()
 
     def answer(
@@ -235,15 +141,15 @@ class Host:
         Parameters
         ----------
         heads : list[tuple[int, str, str]]
-            Node, message type and group of every message.
+            Node id, message type and group id of every message.
         packed : list[dict[str, Any]]
-            Their contents.
+            Their contents; see `masksl.engine.packing.pack`.
 
         Returns
         -------
         tuple
-            For every message None or the code and reason of an error, and the content
-            of the reply, empty where there was an error.
+            For every message None or the code and reason of an error. The packed
+            contents of the replies; empty for an error.
         """
         errors: list[tuple[int, str] | None] = []
         contents = []
@@ -269,23 +175,23 @@ def _limit_gpu_memory(share: float) -> None:
 
 
 class RayGrid(CallGrid):
-    """A grid over hosts.
+    """A grid whose nodes are kept by hosts.
 
-    A host that dies is replaced. What its clients were asked is answered with the error
-    ``NODE_UNAVAILABLE``, and they come back with nothing in their state.
+    A host that dies is replaced. Messages to the dead host are answered with the error
+    ``NODE_UNAVAILABLE``, and its clients start again with an empty state.
 
     Parameters
     ----------
     client_app : str
-        What every node runs, as ``module:attribute``.
+        The ClientApp of every node, as ``module:attribute``.
     run_id : int
         Id of the run.
     clients : int
         Number of nodes.
-    options : Mapping[str, Any]
-        See `run`.
+    options : RayOptions
+        Options of the engine.
     shared : Shared | None
-        What the hosts have in common.
+        The object that all hosts share.
     """
 
     # pylint: disable-next=too-many-arguments,too-many-positional-arguments
@@ -294,7 +200,7 @@ class RayGrid(CallGrid):
         client_app: str,
         run_id: int,
         clients: int,
-        options: Mapping[str, Any],
+        options: RayOptions,
         shared: Shared | None,
     ) -> None:
         super().__init__(run_id, clients)
@@ -302,19 +208,17 @@ class RayGrid(CallGrid):
         self._options = options
         self._adopt = shared.adopt if shared else None
         self._shared = ray.put(shared.make()) if shared else None
-        self._places = places(clients, options)
-        self._where = {
-            n: i for i, place in enumerate(self._places) for n in place.nodes
-        }
-        self._hosts = [self._start_host(place) for place in self._places]
+        self._specs = host_specs(clients, options)
+        self._host_of = {n: i for i, spec in enumerate(self._specs) for n in spec.nodes}
+        self._hosts = [self._start_host(spec) for spec in self._specs]
         self._wait_for_hosts()
 
     def pids(self) -> list[int]:
-        """Return the process of every host."""
+        """Return the process id of every host."""
         return ray.get([host.ready.remote() for host in self._hosts])
 
     def close(self) -> None:
-        """End the hosts and let go of what they shared."""
+        """Kill the hosts and release the object that they shared."""
         for host in self._hosts:
             ray.kill(host)
         self._hosts = []
@@ -323,20 +227,16 @@ class RayGrid(CallGrid):
     def exchange(
         self, messages: Sequence[Message], timeout: float | None
     ) -> list[Message]:
-        """Return the replies, those of the host that is ready first before the others.
+        """Send messages and return the replies in the order in which hosts finish.
 
         Raises
         ------
         EngineError
-            If a host cannot work at all; one that died is replaced.
+            If a host cannot start or fails; a host that dies is replaced.
         """
-        groups: dict[int, list[Message]] = {}
-        for message in messages:
-            index = self._where[message.metadata.dst_node_id]
-            groups.setdefault(index, []).append(message)
-        waiting = {index: deque(portions(group)) for index, group in groups.items()}
+        waiting = self._calls(messages)
         pending: dict[Any, tuple[int, list[Message]]] = {}
-        for index in [*waiting, *waiting]:  # the next one lies there when one is done
+        for index in [*waiting, *waiting]:  # keep two calls in flight per host
             self._send(index, waiting, pending)
         end = math.inf if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
@@ -357,74 +257,83 @@ class RayGrid(CallGrid):
                 self._send(index, waiting, pending)
         return replies
 
+    def _calls(self, messages: Sequence[Message]) -> dict[int, deque[list[Message]]]:
+        """Return the messages of every call by the index of the host."""
+        groups: dict[int, list[Message]] = {}
+        for message in messages:
+            index = self._host_of[message.metadata.dst_node_id]
+            groups.setdefault(index, []).append(message)
+        # Portions, because Ray never frees the shared memory that its calls have used.
+        return {index: deque(portions(group)) for index, group in groups.items()}
+
     def _send(
         self,
         index: int,
         waiting: Mapping[int, deque[list[Message]]],
         pending: dict[Any, tuple[int, list[Message]]],
     ) -> None:
-        """Send a host the next of what waits for it."""
-        if waiting[index]:
-            portion = waiting[index].popleft()
-            pending[self._call(index, portion)] = index, portion
-
-    def _start_host(self, place: Place) -> Any:
-        pinned = {place.resource: 1e-3} if place.resource else None
-        actor = ray.remote(Host).options(  # type: ignore[call-overload]
-            num_cpus=self._options["cpus_per_host"],
-            num_gpus=self._options["gpus_per_host"],
-            resources=pinned,
-        )
-        return actor.remote(
-            self._client_app,
-            self._run.run_id,
-            place.nodes,
-            self._options["gpu_memory_fraction"],
-            self._adopt,
-            self._shared,
-        )
-
-    def _wait_for_hosts(self) -> None:
-        calls = [host.ready.remote() for host in self._hosts]
-        try:
-            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=PATIENCE)
-            ray.get(ready)
-        except RayError as error:
-            raise EngineError(f"a host could not start: {_reason(error)}") from error
-        if len(ready) < len(calls):
-            wanted = {
-                "CPU": self._options["cpus_per_host"],
-                "GPU": self._options["gpus_per_host"],
-            }
-            found = ray.cluster_resources()
-            pins = {place.resource for place in self._places if place.resource}
-            here = {name: found.get(name, 0) for name in [*wanted, *sorted(pins)]}
-            raise EngineError(
-                f"engine.hosts={self._options['hosts']}: {len(ready)} of {len(calls)} "
-                f"hosts started within {PATIENCE:.0f} s; each asks for {wanted}, and "
-                f"Ray has {here}"
-            )
-
-    def _call(self, index: int, messages: Sequence[Message]) -> Any:
-        """Send messages to their host; return the reference of its answer."""
+        """Send the next waiting call of a host, if there is one."""
+        if not waiting[index]:
+            return
+        messages = waiting[index].popleft()
         heads = [
             (m.metadata.dst_node_id, m.metadata.message_type, m.metadata.group_id)
             for m in messages
         ]
         packed = pack([message.content for message in messages])
-        return self._hosts[index].answer.remote(heads, packed)
+        answer = self._hosts[index].answer.remote(heads, packed)
+        pending[answer] = index, messages
+
+    def _start_host(self, spec: HostSpec) -> Any:
+        """Start a host; return its actor handle at once."""
+        resources = {spec.resource: 1e-3} if spec.resource else None
+        actor = ray.remote(Host).options(  # type: ignore[call-overload]
+            num_cpus=self._options.cpus_per_host,
+            num_gpus=self._options.gpus_per_host,
+            resources=resources,
+        )
+        return actor.remote(
+            self._client_app,
+            self._run.run_id,
+            spec.nodes,
+            self._options.gpu_memory_fraction,
+            self._adopt,
+            self._shared,
+        )
+
+    def _wait_for_hosts(self) -> None:
+        """Wait until all hosts have started; otherwise raise `EngineError`."""
+        calls = [host.ready.remote() for host in self._hosts]
+        try:
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=START_TIMEOUT)
+            ray.get(ready)
+        except RayError as error:
+            raise EngineError(f"a host could not start: {error_line(error)}") from error
+        if len(ready) < len(calls):
+            wanted = {
+                "CPU": self._options.cpus_per_host,
+                "GPU": self._options.gpus_per_host,
+            }
+            resources = ray.cluster_resources()
+            pinned = {spec.resource for spec in self._specs if spec.resource}
+            present = {n: resources.get(n, 0) for n in [*wanted, *sorted(pinned)]}
+            raise EngineError(
+                f"engine.hosts={self._options.hosts}: {len(ready)} of {len(calls)} "
+                f"hosts started within {START_TIMEOUT:.0f} s; each asks for {wanted}, "
+                f"and Ray has {present}"
+            )
 
     def _collect(
         self, index: int, answer: Any, sent: list[Message]
     ) -> list[Message] | None:
-        """Return the replies of a host, None if it died instead."""
+        """Return the replies of a call, or None if the host died."""
         try:
             errors, packed = ray.get(answer)
         except RayTaskError as error:
-            raise EngineError(f"host {index} failed: {_reason(error)}") from error
+            raise EngineError(f"host {index} failed: {error_line(error)}") from error
         except RayError as error:
             if getattr(error, "actor_init_failed", False):
-                message = f"host {index} could not start: {_reason(error)}"
+                message = f"host {index} could not start: {error_line(error)}"
                 raise EngineError(message) from error
             return None
         return [
@@ -439,95 +348,13 @@ class RayGrid(CallGrid):
         ]
 
     def _replace(self, index: int, sent: list[Message]) -> list[Message]:
-        """Start a host anew; return what becomes of the messages to the dead one."""
-        place = self._places[index]
-        logger.warning("host %d with %d clients died", index, len(place.nodes))
+        """Replace a dead host; return error replies to the messages sent to it."""
+        spec = self._specs[index]
+        logger.warning("host %d with %d clients died", index, len(spec.nodes))
         ray.kill(self._hosts[index])
-        self._hosts[index] = self._start_host(place)
+        self._hosts[index] = self._start_host(spec)
         error = Error(ErrorCode.NODE_UNAVAILABLE, f"host {index} died")
         return [Message(error, reply_to=message) for message in sent]
-
-
-def _reason(error: BaseException) -> str:
-    """Return the last line of what Ray says of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-# --- Ray ------------------------------------------------------------------------------
-
-
-def start(address: str | None, cpus: float) -> None:
-    """Start Ray, or join a cluster, unless this process has done so.
-
-    Parameters
-    ----------
-    address : str | None
-        ``auto`` or ``host:port`` of a cluster; None starts Ray on this machine.
-    cpus : float
-        CPUs that the hosts of the run reserve. A Ray of our own has as many, even
-        where the machine has fewer.
-
-    Raises
-    ------
-    EngineError
-        If there is no cluster at the address.
-    """
-    if ray.is_initialized() and _started:
-        if _started["address"] == address and (address or _started["cpus"] >= cpus):
-            return
-        ray.shutdown()
-    elif ray.is_initialized():
-        return  # the program around has its own Ray
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ours: dict[str, Any] = {"address": address}
-    if address is not None:
-        _probe(address)
-    else:
-        cpus = max(math.ceil(cpus), os.cpu_count() or 1)
-        limits = {"max_direct_call_object_size": INLINE}
-        ours = {"address": "local", "num_cpus": cpus, "_system_config": limits}
-        ours["include_dashboard"] = False
-    ended = signal.getsignal(signal.SIGTERM)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                **ours,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError(
-            f"engine.address={address!r}: no Ray there ({_reason(error)})"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray's own handler raises inside its calls, which can abort the process.
-        signal.signal(signal.SIGTERM, ended)
-    _started.update(address=address, cpus=cpus)
-
-
-def stop() -> None:
-    """End Ray, or leave the cluster.
-
-    Where the program is killed instead, two agents of Ray's live on for a minute.
-    """
-    ray.shutdown()
-    _started.clear()
-
-
-def _probe(address: str) -> None:
-    """Knock at an address: Ray itself would wait there for minutes."""
-    name, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return  # auto, or a form that Ray knows
-    try:
-        socket.create_connection((name, int(port)), KNOCK).close()
-    except OSError as error:
-        raise EngineError(
-            f"engine.address={address!r}: no Ray there ({error})"
-        ) from error
 
 
 def run(
@@ -535,30 +362,27 @@ def run(
     client_app: str,
     *,
     clients: int,
-    options: Mapping[str, Any],
+    options: RayOptions,
     shared: Shared | None,
 ) -> None:
-    """Run a ServerApp with so many clients; see `masksl.engine.run`.
+    """Run a ServerApp with a number of clients; see `masksl.engine.run`.
 
     Parameters
     ----------
-    options : Mapping[str, Any]
-        ``hosts``, ``cpus_per_host``, ``gpus_per_host``: how many processes keep the
-        clients, and what Ray reserves for each. ``gpu_memory_fraction``: share of a
-        GPU's memory that each may take, or None. ``address``: cluster to join, or None.
-        ``pin``: see `places`.
+    options : RayOptions
+        Number, resources and placement of the hosts.
     shared : Shared | None
-        What the hosts have in common. Machines of a cluster that have clients pinned to
-        them make it themselves.
+        The object that all hosts share. Ignored with pins: the machines with pinned
+        clients make it themselves.
     """
-    hosts = len(places(clients, options))
-    start(options["address"], hosts * options["cpus_per_host"])
+    hosts = len(host_specs(clients, options))
+    start(options.address, hosts * options.cpus_per_host)
     run_id = next(run_ids)
-    identify(run_id)
+    set_task_identity(run_id)
     grid = RayGrid(
-        client_app, run_id, clients, options, None if options["pin"] else shared
+        client_app, run_id, clients, options, None if options.pin else shared
     )
     try:
-        serve(build, grid)
+        run_server_app(build, grid)
     finally:
         grid.close()

@@ -1,1 +1,1 @@
-"""Tables and figures from results alone: ``python -m masksl.report``."""
+"""Tables and figures from finished runs: ``python -m masksl.report``."""

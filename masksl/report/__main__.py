@@ -1,6 +1,7 @@
 """Command line: ``python -m masksl.report NAME FOLDER``.
 
-Tables are Markdown and CSV, figures PNG; they go into the folder, or that of --into.
+Tables are written as Markdown and CSV, figures as PNG, into the folder or the one of
+--into.
 """
 
 import argparse
@@ -18,7 +19,7 @@ REPORTS = {"runs": runs, "table1": table1, "figure2": figure2, "figure3": figure
 
 
 def main() -> None:
-    """Write the report that the command line names, and print its tables."""
+    """Write the report named by the command line, and print its tables."""
     parser = argparse.ArgumentParser(
         prog="python -m masksl.report", description=__doc__
     )
@@ -29,18 +30,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        if not arguments.folder.is_dir():
-            raise ReportError(f"folder={str(arguments.folder)!r}: not a folder")
-        folder = arguments.folder
-        if arguments.into is not None:
-            folder = arguments.into
-            if arguments.folder.resolve() in (
-                folder.resolve(),
-                *folder.resolve().parents,
-            ):
-                allowed = f"outside of {arguments.folder}"
-                raise ReportError(f"--into {folder}: must be a folder {allowed}")
-            collect(arguments.folder, folder)
+        folder = _results_folder(arguments.folder, arguments.into)
         texts = REPORTS[arguments.report](folder)
     except ReportError as error:
         print(f"masksl: {error}", file=sys.stderr)
@@ -49,6 +39,24 @@ def main() -> None:
         (folder / name).write_text(text, encoding="utf-8")
         if name.endswith(".md"):
             print(text, end="")
+
+
+def _results_folder(folder: Path, into: Path | None) -> Path:
+    """Return the folder of the runs, after copying them if another one is given.
+
+    Raises
+    ------
+    ReportError
+        If the folder does not exist, or the other one lies in it.
+    """
+    if not folder.is_dir():
+        raise ReportError(f"folder={str(folder)!r}: not a folder")
+    if into is None:
+        return folder
+    if folder.resolve() in (into.resolve(), *into.resolve().parents):
+        raise ReportError(f"--into {into}: must be a folder outside of {folder}")
+    collect(folder, into)
+    return into
 
 
 if __name__ == "__main__":

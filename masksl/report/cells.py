@@ -1,4 +1,4 @@
-"""The finished runs of a folder by task, cut and method, for tables and figures."""
+"""Finished runs of a folder, grouped by task, cut and compressor."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,37 +9,53 @@ from typing import Any
 from masksl.report.tables import ReportError
 from masksl.runtime import results
 
+SPLIT = "split"  # the method that tables do not mention
 NONE = "none"
-ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # others come after these
+ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # all others follow
 CUTS = ("shallow", "medium", "deep")
-# Keys in which runs may differ that are averaged.
-_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume")
-# Keys in which methods may differ besides.
-_METHOD = ("compressor.", "gradient_", "cut", "plugins")
-# What of the traffic counts: the paper's account, and two wider ones.
+# Three accounts of the traffic: the paper's, and two that count more.
 ACCOUNTS = ("activations", "with labels", "everything")
+# Prefixes of the keys that may differ between runs of one compressor.
+_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume")
+# Prefixes of the keys that may also differ between compressors.
+_COMPRESSION = ("compressor.", "gradient_", "cut", "plugins")
+# Keys that a run must have, by the file that holds them.
+_NEEDED = {
+    results.CONFIG: (
+        *("dataset.name", "model.name", "clients", "seed", "target"),
+        *("cut", "compressor.name"),
+    ),
+    results.SUMMARY: (
+        *("bytes", "bytes_total", "factor_total"),
+        *("paper_bytes", "compression_factor"),
+    ),
+}
 
 
 @dataclass(frozen=True, order=True)
 class Task:
-    """What runs that are compared have in common.
+    """What runs must have in common to be compared.
 
     Parameters
     ----------
     dataset, model : str
         Names of the data set and of the network.
     clients : int
-        How many share the data.
+        Number of clients that share the data.
+    method : str
+        How clients and server cooperate.
     """
 
     dataset: str
     model: str
     clients: int
+    method: str = SPLIT
 
     def __str__(self) -> str:
-        """Return how it is called in tables."""
+        """Return the name of the task in tables."""
         clients = "1 client" if self.clients == 1 else f"{self.clients} clients"
-        return f"{self.model}, {self.dataset}, {clients}"
+        method = "" if self.method == SPLIT else f", {self.method}"
+        return f"{self.model}, {self.dataset}, {clients}{method}"
 
 
 @dataclass(frozen=True)
@@ -49,27 +65,27 @@ class Run:
     Parameters
     ----------
     task : Task
-        What it was about.
-    cut, method : str
-        Of its configuration; the method is the compressor's name, and after a plus its
-        lossless stage.
+        Its task.
+    cut, compressor : str
+        From its configuration. The compressor is its name, followed by a plus and its
+        lossless stage if it has one.
     seed : int
         Its seed.
     target : float | None
-        Top-1 accuracy, a fraction, up to which its traffic counts.
+        Top-1 accuracy, a fraction, up to which the traffic counts.
     rows : Sequence[Mapping[str, Any]]
         Metrics of its rounds.
     settings : Mapping[str, Any]
-        Of its configuration what the runs of a method have in common.
+        The part of its configuration that all runs of a compressor share.
     sent : tuple[float, ...]
-        Bytes a round by `ACCOUNTS`.
+        Bytes per round, in the order of `ACCOUNTS`.
     dense : tuple[float, ...]
-        Bytes of the same tensors in float32.
+        Bytes per round of the same tensors in float32, in the order of `ACCOUNTS`.
     """
 
     task: Task
     cut: str
-    method: str
+    compressor: str
     seed: int
     target: float | None
     rows: Sequence[Mapping[str, Any]]
@@ -89,19 +105,19 @@ class Run:
 
     @property
     def evaluations(self) -> list[tuple[float, float]]:
-        """Every evaluation: rounds trained until then, and top-1 accuracy."""
+        """All evaluations, see `evaluations`."""
         return evaluations(self.rows)
 
 
 Cells = dict[tuple[Task, str], dict[str, list[Run]]]
-"""Runs by method, by task and cut, in the order in which they are shown."""
+"""Runs by compressor, by task and cut, in the order of the tables."""
 
 
 def read_cells(folder: Path) -> Cells:
-    """Return the finished runs below a folder.
+    """Read the finished runs below a folder.
 
-    Without compression the cut changes little, and such runs are at hand at one cut as
-    a rule: those of the first cut stand under every cut that has none of its own.
+    Uncompressed results hardly depend on the cut. A cut without an uncompressed run
+    uses those of the first cut.
 
     Parameters
     ----------
@@ -111,79 +127,85 @@ def read_cells(folder: Path) -> Cells:
     Raises
     ------
     ReportError
-        If there are no runs, none without compression, runs of one method that
-        differ in more than their seed, or of two in more than how they send.
+        If there are no runs, a run lacks a needed key, no run is uncompressed, runs of
+        one compressor differ in more than their seed, or runs of two compressors
+        differ in more than the compression.
     """
     paths = sorted(folder.glob(f"**/{results.SUMMARY}"))
     runs = [read_run(path.parent) for path in paths]
     if not runs:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     baselines: dict[Task, dict[str, list[Run]]] = defaultdict(dict)
-    places: dict[tuple[Task, str], dict[str, list[Run]]] = defaultdict(dict)
+    compressed: dict[tuple[Task, str], dict[str, list[Run]]] = defaultdict(dict)
     for run in sorted(runs, key=lambda run: (_rank(CUTS, run.cut), run.seed)):
-        if run.method == NONE:
+        if run.compressor == NONE:
             baselines[run.task].setdefault(run.cut, []).append(run)
         else:
-            places[run.task, run.cut].setdefault(run.method, []).append(run)
+            group = compressed[run.task, run.cut]
+            group.setdefault(run.compressor, []).append(run)
     cells: Cells = {}
-    for task, cut in sorted(
-        places, key=lambda place: (place[0], _rank(CUTS, place[1]))
-    ):
+    for task, cut in sorted(compressed, key=lambda key: (key[0], _rank(CUTS, key[1]))):
         if task not in baselines:
             raise ReportError(f"no run of {task} without compression below {folder}")
         first = next(iter(baselines[task].values()))
-        found = {NONE: baselines[task].get(cut, first)} | places[task, cut]
-        methods = sorted(found, key=lambda method: _rank(ORDER, method))
-        for method in methods:
-            _check_alike(found[method])
-            where = f"runs of {task}, {cut}, {NONE} and {method}"
-            _check_settings(found[NONE][0], found[method][0], _METHOD, where)
-        cells[task, cut] = {method: found[method] for method in methods}
+        baseline = {NONE: baselines[task].get(cut, first)}
+        cells[task, cut] = _cell(task, cut, baseline | compressed[task, cut])
     return cells
 
 
-def shown(method: str) -> str:
-    """Return how a method is called in tables.
+def display_name(compressor: str) -> str:
+    """Return the name of a compressor in tables.
 
-    >>> shown("ms+context")
+    >>> display_name("ms+context")
     'MS, context'
     """
-    name, _, stage = method.partition("+")
+    name, _, stage = compressor.partition("+")
     name = name if name == NONE else name.upper()
     return f"{name}, {stage}" if stage else name
 
 
-def methods_of(cells: Cells) -> list[str]:
-    """Return all methods that there are, in their order."""
-    there = {method for found in cells.values() for method in found}
-    return sorted(there, key=lambda method: _rank(ORDER, method))
+def compressors_of(cells: Cells) -> list[str]:
+    """Return the names of all compressors, in the order of the tables."""
+    names = {name for runs in cells.values() for name in runs}
+    return sorted(names, key=lambda name: _rank(ORDER, name))
 
 
-def _check_alike(runs: list[Run]) -> None:
-    """Raise `ReportError` unless runs differ in their seeds, and in these alone."""
-    first, seeds = runs[0], Counter(run.seed for run in runs)
-    where = f"runs of {first.task}, {first.cut}, {first.method}"
-    for seed, number in seeds.items():
-        if number > 1:
-            raise ReportError(f"seed={seed}: {number} {where} have it")
-    for run in runs:
-        _check_settings(first, run, (), where)
+def key_columns(cells: Cells) -> list[str]:
+    """Return the CSV columns that identify a task, a cut and a compressor.
+
+    The method is left out if every run is one of split learning.
+    """
+    columns = ["dataset", "model", "clients", "cut", "compressor"]
+    split = all(task.method == SPLIT for task, _ in cells)
+    return columns if split else ["method", *columns]
 
 
-def _check_settings(a: Run, b: Run, free: tuple[str, ...], where: str) -> None:
-    """Raise `ReportError` if two runs differ in a key that begins with none of some."""
-    for key in sorted(a.settings.keys() | b.settings.keys()):
-        values = a.settings.get(key), b.settings.get(key)
-        if values[0] != values[1] and not key.startswith(free):
-            raise ReportError(f"{where} differ in {key}: {values[0]}, {values[1]}")
+def key_values(
+    columns: Sequence[str], task: Task, cut: str, compressor: str
+) -> list[Any]:
+    """Return the values of `key_columns`."""
+    values = vars(task) | {"cut": cut, "compressor": compressor}
+    return [values[column] for column in columns]
 
 
 def read_run(folder: Path) -> Run:
-    """Return a finished run by its folder."""
-    settings = results.read_config(folder)
-    summary, rows = results.read_summary(folder), results.read_rows(folder)
+    """Read the finished run in a folder.
+
+    Raises
+    ------
+    ReportError
+        If its configuration or its summary lacks a key that the tables need. The runs
+        of a method without a cut do.
+    """
+    settings, summary = results.read_config(folder), results.read_summary(folder)
+    method = settings.get("method.name", SPLIT)
+    for file, values in ((results.CONFIG, settings), (results.SUMMARY, summary)):
+        for key in _NEEDED[file]:
+            if values.get(key) is None:
+                raise ReportError(f"{folder / file}: no {key}, method={method}")
+    rows = results.read_rows(folder)
     name, stage = settings["compressor.name"], settings.get("compressor.lossless", NONE)
-    labels = _labels(summary["bytes"])
+    labels = _label_bytes(summary["bytes"])
     activations = float(summary["paper_bytes"])
     everything = float(summary["bytes_total"])
     dense = summary["compression_factor"] * activations
@@ -192,30 +214,61 @@ def read_run(folder: Path) -> Run:
     target = settings["target"]
     return Run(
         task=Task(
-            settings["dataset.name"], settings["model.name"], settings["clients"]
+            *(settings["dataset.name"], settings["model.name"], settings["clients"]),
+            method=method,
         ),
         cut=str(settings["cut"]),
-        method=name if stage == NONE else f"{name}+{stage}",
+        compressor=name if stage == NONE else f"{name}+{stage}",
         seed=settings["seed"],
         target=None if isinstance(target, str) else target,
         rows=rows,
         settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
-        sent=tuple(figure / len(rows) for figure in sent),
-        dense=tuple(figure / len(rows) for figure in whole),
+        sent=tuple(total / len(rows) for total in sent),
+        dense=tuple(total / len(rows) for total in whole),
     )
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return every evaluation: rounds trained until then, and top-1 accuracy."""
-    found = []
+    """Return all evaluations: rounds trained before them, and top-1 accuracy."""
+    points = []
     for row in rows:
         before = row["round"] - 1
-        found += [(before + c["step"] / row["steps"], c["top1"]) for c in row["checks"]]
-        found.append((row["round"], row["top1"]))
-    return found
+        for check in row["checks"]:
+            points.append((before + check["step"] / row["steps"], check["top1"]))
+        points.append((row["round"], row["top1"]))
+    return points
 
 
-def _labels(nested: Mapping[str, Any]) -> int:
+def _cell(task: Task, cut: str, runs: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
+    """Return the runs by compressor in the order of the tables, after checking them."""
+    ordered = sorted(runs, key=lambda name: _rank(ORDER, name))
+    for name in ordered:
+        _check_alike(runs[name])
+        what = f"runs of {task}, {cut}, {NONE} and {name}"
+        _check_settings(runs[NONE][0], runs[name][0], _COMPRESSION, what)
+    return {name: runs[name] for name in ordered}
+
+
+def _check_alike(runs: list[Run]) -> None:
+    """Raise `ReportError` unless runs differ in their seeds, and only there."""
+    first, seeds = runs[0], Counter(run.seed for run in runs)
+    what = f"runs of {first.task}, {first.cut}, {first.compressor}"
+    for seed, number in seeds.items():
+        if number > 1:
+            raise ReportError(f"seed={seed}: {number} {what} have it")
+    for run in runs:
+        _check_settings(first, run, (), what)
+
+
+def _check_settings(a: Run, b: Run, free: tuple[str, ...], what: str) -> None:
+    """Raise `ReportError` if two runs differ in a key without one of some prefixes."""
+    for key in sorted(a.settings.keys() | b.settings.keys()):
+        values = a.settings.get(key), b.settings.get(key)
+        if values[0] != values[1] and not key.startswith(free):
+            raise ReportError(f"{what} differ in {key}: {values[0]}, {values[1]}")
+
+
+def _label_bytes(nested: Mapping[str, Any]) -> int:
     return sum(phase.get("up", {}).get("label", 0) for phase in nested.values())
 
 

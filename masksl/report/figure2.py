@@ -1,4 +1,4 @@
-"""Figure 2: error against bits, of what ``python -m masksl.bench figure2`` wrote."""
+"""Figure 2: error against bits, from files of ``python -m masksl.bench figure2``."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ _NAMES = {
 }
 
 _PAPER_BITS = range(3, 9)
-_PAPER = {  # 2-norm of the error at these; batch and cut are not stated
+# 2-norm of the error at these bits in the paper, which does not state batch and cut.
+_PAPER = {
     "cifar10": {
         "ms": (504.4, 200.0, 90.6, 43.2, 21.0, 10.4),
         "qu": (512.7, 239.7, 115.0, 57.2, 28.3, 13.9),
@@ -46,9 +47,20 @@ _PAPER = {  # 2-norm of the error at these; batch and cut are not stated
 
 
 def read_measurements(folder: Path) -> list[dict[str, Any]]:
-    """Return what ``bench figure2`` wrote into a folder, a network each."""
-    found = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))]
-    measured = [each for each in found if "network" in each]
+    """Read the files of ``python -m masksl.bench figure2`` in a folder.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        For each network its description, ``network``, and its measurements, ``rows``.
+
+    Raises
+    ------
+    ReportError
+        If there is no such file.
+    """
+    files = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))]
+    measured = [content for content in files if "network" in content]
     if not measured:
         raise ReportError(f"no measurements of python -m masksl.bench in {folder}")
     return measured
@@ -66,98 +78,119 @@ def figure2(folder: Path) -> dict[str, str]:
     -------
     dict[str, str]
         Text by file name.
+
+    Raises
+    ------
+    ReportError
+        If there is no such file.
     """
     measured = read_measurements(folder)
-    columns = ["network", "dataset", "images", "cut", "shape", "compressor", "options"]
-    lines, shown = [], []
-    for each in measured:
-        network = each["network"]
-        place = [network["model"], network["dataset"], network["images"]]
-        for row in each["rows"]:
-            options = json.dumps(row["options"]).strip("{}").replace('"', "")
-            figures = [f"{row[key]:.5g}" for key in ("bits", "error", "norm")]
-            where = [row["cut"], row["shape"], row["compressor"], options]
-            lines.append([*place, *where, *figures])
-        shown += _norms(each)
     draw_figure2(measured, folder / "figure2.png")
     budgets = sorted({row["budget"] for row in measured[0]["rows"]})
     bits = [f"{budget} bits" for budget in budgets]
-    head = ["network, data set, cut", "compressor", *bits]
+    errors = [line for each in measured for line in _errors(each)]
+    norms = _norms_beside_paper(measured, budgets)
     return {
-        "figure2.csv": comma_separated([*columns, "bits", "error", "norm"], lines),
-        "figure2.md": markdown(head, shown),
-        "paper.md": markdown(
-            ["network, data set, cut", "", *bits], _beside(measured, budgets)
-        ),
+        "figure2.csv": _lines(measured),
+        "figure2.md": markdown(["network, data set, cut", "compressor", *bits], errors),
+        "paper.md": markdown(["network, data set, cut", "", *bits], norms),
     }
 
 
-def _beside(measured: Sequence[Row], budgets: Sequence[int]) -> list[list[str]]:
-    """Return the 2-norm of the error of MS and how many times larger others' are.
-
-    The paper's follow, of the data sets that are here.
-    """
+def _lines(measured: Sequence[Row]) -> str:
+    """Return a CSV file with one line per measurement."""
     lines = []
     for each in measured:
         network = each["network"]
+        start = [network["model"], network["dataset"], network["images"]]
+        for row in each["rows"]:
+            options = json.dumps(row["options"]).strip("{}").replace('"', "")
+            key = [row["cut"], row["shape"], row["compressor"], options]
+            values = [f"{row[name]:.5g}" for name in ("bits", "error", "norm")]
+            lines.append([*start, *key, *values])
+    columns = ["network", "dataset", "images", "cut", "shape", "compressor", "options"]
+    return comma_separated([*columns, "bits", "error", "norm"], lines)
+
+
+def _norms_beside_paper(
+    measured: Sequence[Row], budgets: Sequence[int]
+) -> list[list[str]]:
+    """Return the 2-norm of the error of MS, and the ratios of the others to it.
+
+    The paper's values follow, for the data sets that were measured.
+    """
+    lines = []
+    for each in measured:
         norms: dict[str, dict[tuple[str, int], float]] = {}
         for row in each["rows"]:
-            found = norms.setdefault(row["cut"], {})
-            found[_series(row), row["budget"]] = row["norm"]
-        for cut, found in norms.items():
-            place = f"{network['model']}, {network['dataset']}, {cut}"
-            lines += _over_ms(place, found, budgets)
+            of_cut = norms.setdefault(row["cut"], {})
+            of_cut[_series(row), row["budget"]] = row["norm"]
+        for cut, of_cut in norms.items():
+            lines += _ratios_to_ms(_title(each, cut), of_cut, budgets)
     datasets = dict.fromkeys(each["network"]["dataset"] for each in measured)
     for dataset in [name for name in datasets if name in _PAPER]:
-        told = {
-            (method, bits): norm
-            for method, row in _PAPER[dataset].items()
-            for bits, norm in zip(_PAPER_BITS, row, strict=True)
+        paper = {
+            (compressor, bits): norm
+            for compressor, values in _PAPER[dataset].items()
+            for bits, norm in zip(_PAPER_BITS, values, strict=True)
         }
-        lines += _over_ms(f"the paper's, {dataset}", told, budgets)
+        lines += _ratios_to_ms(f"the paper's, {dataset}", paper, budgets)
     return lines
 
 
-def _over_ms(
-    place: str, norms: Mapping[tuple[str, int], float], budgets: Sequence[int]
+def _ratios_to_ms(
+    title: str, norms: Mapping[tuple[str, int], float], budgets: Sequence[int]
 ) -> list[list[str]]:
-    """Return lines of MS and of what others have over it, by method and budget."""
-    shown = [f"{norms['ms', budget]:.4g}" for budget in budgets]
-    lines = [[place, "MS, 2-norm", *shown]]
-    for method in ("qu", "sp", "rt"):
-        ratios = (norms[method, budget] / norms["ms", budget] for budget in budgets)
-        line = [place, f"{_NAMES[method]} / MS", *(f"{each:.2f}" for each in ratios)]
-        lines.append(line)
+    """Return a line of norms of MS, and lines of other norms divided by them.
+
+    Parameters
+    ----------
+    title : str
+        First cell of each line.
+    norms : Mapping[tuple[str, int], float]
+        2-norm of the error by compressor and budget.
+    budgets : Sequence[int]
+        Bits per element, one for each column.
+    """
+    values = [f"{norms['ms', budget]:.4g}" for budget in budgets]
+    lines = [[title, "MS, 2-norm", *values]]
+    for compressor in ("qu", "sp", "rt"):
+        ratios = [norms[compressor, bits] / norms["ms", bits] for bits in budgets]
+        name = f"{_NAMES[compressor]} / MS"
+        lines.append([title, name, *(f"{ratio:.2f}" for ratio in ratios)])
     return lines
 
 
-def _norms(measured: Row) -> list[list[str]]:
-    """Return a line for each cut and compressor: the error at the paper's budgets."""
-    network = measured["network"]
+def _errors(measured: Row) -> list[list[str]]:
+    """Return one line per cut and compressor: the error at the paper's budgets."""
     cells: dict[tuple[str, str], list[str]] = {}
     for row in measured["rows"]:
-        name = _NAMES[_series(row)]
-        place = f"{network['model']}, {network['dataset']}, {row['cut']}"
         if row["compressor"] == "ec" and row["options"]["bits"] != row["budget"]:
-            continue  # a budget of the figure alone
-        cell = f"{row['error']:.4f} ({row['bits']:.2f})"
-        cells.setdefault((place, name), []).append(cell)
-    return [[place, name, *values] for (place, name), values in cells.items()]
+            continue  # a budget that only the figure shows
+        key = _title(measured, row["cut"]), _NAMES[_series(row)]
+        cells.setdefault(key, []).append(f"{row['error']:.4f} ({row['bits']:.2f})")
+    return [[title, name, *values] for (title, name), values in cells.items()]
+
+
+def _title(measured: Row, cut: str) -> str:
+    """Return the names of network, data set and cut."""
+    network = measured["network"]
+    return f"{network['model']}, {network['dataset']}, {cut}"
 
 
 def _series(row: Row) -> str:
-    """Return to which line of the figure a measurement belongs."""
+    """Return the line of the figure that a measurement belongs to."""
     staged = row["options"].get("lossless", "none") != "none"
     return f"{row['compressor']} context" if staged else row["compressor"]
 
 
 def draw_figure2(measured: Sequence[Row], path: Path) -> None:
-    """Draw relative error against measured bits, a row a network, a column a cut.
+    """Draw relative error against measured bits: one row per network, column per cut.
 
     Parameters
     ----------
     measured : Sequence[Mapping[str, Any]]
-        What ``bench figure2`` wrote, a network each.
+        See `read_measurements`.
     path : Path
         PNG file to write.
     """
@@ -174,9 +207,7 @@ def draw_figure2(measured: Sequence[Row], path: Path) -> None:
                     (row["bits"], row["error"]) for row in rows if _series(row) == key
                 )
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
-            network = each["network"]
-            title = f"{network['model']}, {network['dataset']}, {cut}"
-            axes.set(title=title, yscale="log", xlim=(0, 8.3))
+            axes.set(title=_title(each, cut), yscale="log", xlim=(0, 8.3))
             axes.grid(alpha=0.3)
         line[0].set_ylabel("relative error")
     for axes in grid[-1]:

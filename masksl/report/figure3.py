@@ -1,4 +1,4 @@
-"""Figure 3: training loss and accuracy by round, of every method at every cut."""
+"""Figure 3: training loss and accuracy by round, for each compressor and cut."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from masksl.report.cells import Cells, Run, methods_of, read_cells, shown
+from masksl.report.cells import (
+    Cells,
+    Run,
+    compressors_of,
+    display_name,
+    key_columns,
+    key_values,
+    read_cells,
+)
 from masksl.report.tables import comma_separated, spread
 
 Point = tuple[float, float, float]  # rounds, mean over seeds, standard deviation
@@ -20,35 +28,35 @@ def figure3(folder: Path) -> dict[str, str]:
     Parameters
     ----------
     folder : Path
-        Holds run folders, at any depth; runs without compression among them.
+        Holds run folders, at any depth, some of them without compression.
 
     Returns
     -------
     dict[str, str]
-        Text by file name. A line is a round, or a part of one that was evaluated.
+        Text by file name. A line of the CSV file is an evaluation, or the loss of a
+        round.
 
     Raises
     ------
     ReportError
-        If there are no runs, or none without compression.
+        See `masksl.report.cells.read_cells`.
     """
     cells = read_cells(folder)
-    place = ["dataset", "model", "clients", "cut", "method", "seeds"]
+    columns = key_columns(cells)
     lines: list[list[Any]] = []
-    for (task, cut), found in cells.items():
-        for method, runs in found.items():
-            where = [task.dataset, task.model, task.clients, cut, method, len(runs)]
+    for (task, cut), by_compressor in cells.items():
+        for compressor, runs in by_compressor.items():
+            key = [*key_values(columns, task, cut, compressor), len(runs)]
             for kind, points in (("loss", _losses(runs)), ("top-1", _accuracies(runs))):
                 for point in points:
-                    figures = [f"{figure:.6g}" for figure in point]
-                    lines.append([*where, kind, *figures])
+                    lines.append([*key, kind, *(f"{value:.6g}" for value in point)])
     draw_figure3(cells, folder / "figure3.png")
-    head = [*place, "figure", "round", "mean", "std"]
-    return {"figure3.csv": comma_separated(head, lines)}
+    columns += ["seeds", "figure", "round", "mean", "std"]
+    return {"figure3.csv": comma_separated(columns, lines)}
 
 
 def draw_figure3(cells: Cells, path: Path) -> None:
-    """Draw loss above accuracy, a pair of rows a task, a column a cut.
+    """Draw loss above accuracy: two rows of axes per task, one column per cut.
 
     Parameters
     ----------
@@ -59,17 +67,17 @@ def draw_figure3(cells: Cells, path: Path) -> None:
     """
     tasks = list(dict.fromkeys(task for task, _ in cells))
     cuts = list(dict.fromkeys(cut for _, cut in cells))
-    colors = {method: f"C{i}" for i, method in enumerate(methods_of(cells))}
+    colors = {name: f"C{i}" for i, name in enumerate(compressors_of(cells))}
     figure = Figure(
         figsize=(0.8 + 3.4 * len(cuts), 0.8 + 5.2 * len(tasks)), layout="constrained"
     )
     grid = figure.subplots(2 * len(tasks), len(cuts), squeeze=False, sharey="row")
-    for (task, cut), found in cells.items():
+    for (task, cut), by_compressor in cells.items():
         row, column = 2 * tasks.index(task), cuts.index(cut)
         above, below = grid[row][column], grid[row + 1][column]
-        for method, runs in found.items():
-            _draw(above, _losses(runs), colors[method])
-            _draw(below, _accuracies(runs), colors[method])
+        for compressor, runs in by_compressor.items():
+            _draw(above, _losses(runs), colors[compressor])
+            _draw(below, _accuracies(runs), colors[compressor])
         above.set(title=f"{task}\n{cut}", yscale="log")
         above.yaxis.set_major_formatter("{x:g}")
         above.yaxis.set_minor_formatter("{x:g}")
@@ -79,16 +87,16 @@ def draw_figure3(cells: Cells, path: Path) -> None:
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     handles = [
-        Line2D([], [], color=color, label=shown(method))
-        for method, color in colors.items()
+        Line2D([], [], color=color, label=display_name(compressor))
+        for compressor, color in colors.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=110)
 
 
 def _draw(axes: Axes, points: Sequence[Point], color: str) -> None:
-    """Draw the mean over seeds, and a band of a standard deviation around it."""
-    rounds = [at for at, _, _ in points]
+    """Draw the mean over seeds, and a band of one standard deviation around it."""
+    rounds = [x for x, _, _ in points]
     means = [mean for _, mean, _ in points]
     axes.plot(rounds, means, color=color, linewidth=1.2)
     low = [mean - deviation for _, mean, deviation in points]
@@ -97,19 +105,24 @@ def _draw(axes: Axes, points: Sequence[Point], color: str) -> None:
 
 
 def _losses(runs: Sequence[Run]) -> list[Point]:
-    return _over_seeds([[(row["round"], row["loss"]) for row in r.rows] for r in runs])
+    """Return the loss of every round in which clients of every run took part."""
+    curves = [[(row["round"], row["loss"]) for row in run.rows] for run in runs]
+    return _over_seeds(
+        [[(x, loss) for x, loss in curve if loss is not None] for curve in curves]
+    )
 
 
 def _accuracies(runs: Sequence[Run]) -> list[Point]:
     curves = [run.evaluations for run in runs]
-    return _over_seeds([[(at, 100 * top1) for at, top1 in curve] for curve in curves])
+    return _over_seeds([[(x, 100 * top1) for x, top1 in curve] for curve in curves])
 
 
 def _over_seeds(curves: Sequence[Sequence[tuple[float, float]]]) -> list[Point]:
-    """Return mean and deviation where all curves have a value, by round."""
+    """Return mean and deviation by round, for rounds in which all curves have a
+    value."""
     by_round: dict[float, list[float]] = {}
     for curve in curves:
-        for at, value in curve:
-            by_round.setdefault(at, []).append(value)
-    whole = {at: v for at, v in sorted(by_round.items()) if len(v) == len(curves)}
-    return [(at, *spread(values)) for at, values in whole.items()]
+        for x, value in curve:
+            by_round.setdefault(x, []).append(value)
+    complete = {x: v for x, v in sorted(by_round.items()) if len(v) == len(curves)}
+    return [(x, *spread(values)) for x, values in complete.items()]

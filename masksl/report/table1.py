@@ -1,9 +1,9 @@
-"""Table 1: traffic saved until a target accuracy, ours beside the paper's.
+"""Table 1: traffic saved until a target accuracy, beside the paper's values.
 
-The multiplier of a method is the traffic that sending everything in float32 takes until
-the target over the method's own. Progress to the target is that of the runs without
-compression, at whatever cut; what a round of these would send at the cut follows from
-the method's ledger, which knows the float32 size of all that it sent.
+The multiplier of a compressor is the traffic of float32 until the target over the
+traffic of the compressor until the target. The rounds of float32 are those of the
+uncompressed runs, at whatever cut. Its bytes per round at a cut are those of the
+compressor's own run: the ledger knows the float32 size of everything that was sent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,24 @@ from masksl.report.cells import (
     NONE,
     Cells,
     Run,
+    compressors_of,
+    display_name,
     evaluations,
-    methods_of,
+    key_columns,
+    key_values,
     read_cells,
-    shown,
 )
-from masksl.report.tables import ReportError, comma_separated, markdown, with_spread
+from masksl.report.tables import (
+    MISSING,
+    ReportError,
+    comma_separated,
+    markdown,
+    share,
+    with_spread,
+)
 
-NOT_RUN = "–"
-PAPER = {  # data set, cut: multipliers of QU, SP, MS, RT
+# By data set and cut: the paper's multipliers of QU, SP, MS, RT.
+PAPER = {
     ("cifar10", "shallow"): ("INF", "INF", "13.11", "INF"),
     ("cifar10", "medium"): ("9.92", "13.56", "13.56", "13.71"),
     ("cifar10", "deep"): ("10.37", "13.56", "13.63", "13.71"),
@@ -35,7 +44,8 @@ PAPER = {  # data set, cut: multipliers of QU, SP, MS, RT
     ("imagenet", "medium"): ("INF", "INF", "13.20", "INF"),
     ("imagenet", "deep"): ("INF", "INF", "12.32", "INF"),
 }
-PAPER_TOP1 = {  # likewise top-1 after the last epoch, %, of none, QU, SP, MS, RT
+# By data set and cut: its top-1 after the last epoch, %, of none, QU, SP, MS, RT.
+PAPER_TOP1 = {
     ("cifar10", "shallow"): (93.90, 88.69, 91.32, 93.51, 90.76),
     ("cifar10", "medium"): (93.90, 93.39, 93.67, 93.78, 93.37),
     ("cifar10", "deep"): (93.90, 93.65, 93.60, 93.70, 93.55),
@@ -54,7 +64,7 @@ def table1(folder: Path) -> dict[str, str]:
     Parameters
     ----------
     folder : Path
-        Holds run folders, at any depth; runs without compression among them.
+        Holds run folders, at any depth, some of them without compression.
 
     Returns
     -------
@@ -64,7 +74,7 @@ def table1(folder: Path) -> dict[str, str]:
     Raises
     ------
     ReportError
-        If there are no runs, none without compression, or no target.
+        If a run has no target; see also `masksl.report.cells.read_cells`.
     """
     cells = read_cells(folder)
     for run in _runs(cells):
@@ -77,74 +87,72 @@ def table1(folder: Path) -> dict[str, str]:
     }
 
 
-def progress(rows: Sequence[Mapping[str, Any]], target: float) -> float | None:
-    """Return after how many rounds the target is first reached, None if never."""
-    return next((at for at, top1 in evaluations(rows) if top1 >= target), None)
+def rounds_to_target(rows: Sequence[Mapping[str, Any]], target: float) -> float | None:
+    """Return the rounds trained until the target is first reached, None if never."""
+    return next((x for x, top1 in evaluations(rows) if top1 >= target), None)
 
 
 def multiplier(run: Run, baseline: float, account: int) -> float | None:
-    """Return how many times the traffic is smaller, None where it is never enough.
+    """Return the factor by which traffic is saved, None if the target is not reached.
 
     Parameters
     ----------
     run : Run
-        A run of the method.
+        A run of the compressor.
     baseline : float
         Rounds until the target without compression.
     account : int
         Index in `ACCOUNTS`.
     """
-    rounds = _progress(run)
+    rounds = _rounds_to_target(run)
     if rounds is None:
         return None
     return run.dense[account] * baseline / (run.sent[account] * rounds)
 
 
-def _progress(run: Run) -> float | None:
+def _rounds_to_target(run: Run) -> float | None:
     assert run.target is not None
-    return progress(run.rows, run.target)
+    return rounds_to_target(run.rows, run.target)
 
 
 def _multipliers(cells: Cells) -> str:
-    """Return the table in the paper's shape, an account after the other."""
-    methods = [method for method in methods_of(cells) if method != NONE]
-    names = [shown(method) for method in methods]
+    """Return the table in the paper's shape, once for each account."""
+    compressors = [name for name in compressors_of(cells) if name != NONE]
+    names = [display_name(name) for name in compressors]
     head = ["traffic", "task", "cut", *names, "the paper's QU, SP, MS, RT"]
     rows = []
-    for account, name in enumerate(ACCOUNTS):
-        for (task, cut), found in cells.items():
-            saved = [_cell(found.get(method, []), found, account) for method in methods]
-            paper = ", ".join(PAPER.get((task.dataset, cut), ())) or NOT_RUN
-            rows.append([name, str(task), cut, *saved, paper])
+    for account, title in enumerate(ACCOUNTS):
+        for (task, cut), runs in cells.items():
+            saved = [
+                _saved(runs.get(name, []), runs[NONE], account) for name in compressors
+            ]
+            paper = ", ".join(PAPER.get((task.dataset, cut), ())) or MISSING
+            rows.append([title, str(task), cut, *saved, paper])
     return markdown(head, rows)
 
 
-def _cell(runs: Sequence[Run], beside: Mapping[str, list[Run]], account: int) -> str:
-    """Return mean ± deviation of those that reached the target, INF if none did.
+def _saved(runs: Sequence[Run], baselines: Sequence[Run], account: int) -> str:
+    """Return mean ± deviation of the multipliers, INF if no run reached the target.
 
-    A run counts against that without compression of its seed, where there is none
-    against their mean. Where that never reaches the target there is nothing to count.
+    Each run is compared with the uncompressed run of the same seed, or with the mean of
+    the uncompressed runs if that seed is missing. Runs whose uncompressed run never
+    reaches the target are not counted.
     """
     if not runs:
-        return NOT_RUN
+        return MISSING
     target = runs[0].target
     assert target is not None
-    by_seed = {run.seed: progress(run.rows, target) for run in beside[NONE]}
+    by_seed = {run.seed: rounds_to_target(run.rows, target) for run in baselines}
     mean = _mean([rounds for rounds in by_seed.values() if rounds is not None])
     pairs = [(run, by_seed.get(run.seed, mean)) for run in runs]
-    against = [(run, rounds) for run, rounds in pairs if rounds is not None]
-    if not against:
+    comparable = [(run, rounds) for run, rounds in pairs if rounds is not None]
+    if not comparable:
         return "none without"
-    saved = [multiplier(run, rounds, account) for run, rounds in against]
-    found = [figure for figure in saved if figure is not None]
-    if not found:
+    multipliers = [multiplier(run, rounds, account) for run, rounds in comparable]
+    reached = [value for value in multipliers if value is not None]
+    if not reached:
         return "INF"
-    return with_spread(found, ".2f") + _part(len(found), len(runs))
-
-
-def _part(found: int, of: int) -> str:
-    """Return how many of the runs a figure is about, where these are not all."""
-    return "" if found == of else f" ({found} of {of})"
+    return with_spread(reached, ".2f") + share(len(reached), len(runs))
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -152,44 +160,46 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _accuracies(cells: Cells) -> str:
-    """Return accuracy after the last epoch, and the best one, of every cell."""
-    methods = methods_of(cells)
-    names = [shown(method) for method in methods]
+    """Return the accuracy after the last round, and the best one, of every cell."""
+    compressors = compressors_of(cells)
+    names = [display_name(name) for name in compressors]
     head = ["task", "cut", *names, "the paper's none, QU, SP, MS, RT"]
     rows = []
-    for (task, cut), found in cells.items():
-        figures = [_accuracy(found.get(method, [])) for method in methods]
-        paper = PAPER_TOP1.get((task.dataset, cut), ())
-        told = ", ".join(f"{top1:.2f}" for top1 in paper) or NOT_RUN
-        rows.append([str(task), cut, *figures, told])
+    for (task, cut), runs in cells.items():
+        accuracies = [_accuracy(runs.get(name, [])) for name in compressors]
+        values = PAPER_TOP1.get((task.dataset, cut), ())
+        paper = ", ".join(f"{top1:.2f}" for top1 in values) or MISSING
+        rows.append([str(task), cut, *accuracies, paper])
     return markdown(head, rows)
 
 
 def _accuracy(runs: Sequence[Run]) -> str:
     if not runs:
-        return NOT_RUN
+        return MISSING
     last = with_spread([100 * run.last for run in runs], ".2f")
     return f"{last} ({fmean(100 * run.best for run in runs):.2f})"
 
 
 def _figures(cells: Cells) -> str:
-    """Return a line a run, with what its multipliers come from."""
+    """Return a CSV file: one line per run, with the values behind its multipliers."""
     kinds = ("sent", "dense")
     names = [f"{kind} bytes a round, {name}" for kind in kinds for name in ACCOUNTS]
-    place = ["dataset", "model", "clients", "cut", "method", "seed"]
-    head = [*place, "target", "rounds to target", "best", "last", *names]
-    return comma_separated(head, [_line(run) for run in _runs(cells)])
+    columns = key_columns(cells)
+    lines = [_line(columns, run) for run in _runs(cells)]
+    head = [*columns, "seed", "target", "rounds to target", "best", "last", *names]
+    return comma_separated(head, lines)
 
 
-def _line(run: Run) -> list[Any]:
-    task, rounds = run.task, _progress(run)
+def _line(columns: Sequence[str], run: Run) -> list[Any]:
+    rounds = _rounds_to_target(run)
+    key = key_values(columns, run.task, run.cut, run.compressor)
     reached = "" if rounds is None else f"{rounds:g}"
-    figures = [f"{figure:.0f}" for figure in (*run.sent, *run.dense)]
-    place = task.dataset, task.model, task.clients, run.cut, run.method, run.seed
-    return [*place, run.target, reached, f"{run.best:.4f}", f"{run.last:.4f}", *figures]
+    accuracies = f"{run.best:.4f}", f"{run.last:.4f}"
+    bytes_ = [f"{value:.0f}" for value in (*run.sent, *run.dense)]
+    return [*key, run.seed, run.target, reached, *accuracies, *bytes_]
 
 
 def _runs(cells: Cells) -> list[Run]:
     """Return every run once."""
-    lists = [runs for found in cells.values() for runs in found.values()]
+    lists = [runs for by_name in cells.values() for runs in by_name.values()]
     return list({id(run): run for runs in lists for run in runs}.values())

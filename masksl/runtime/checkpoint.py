@@ -1,7 +1,7 @@
-"""What a run needs to go on, in two files that are written whole or not at all.
+"""Checkpoints: the state of a run, in two files that are written atomically.
 
 ``state.json`` holds the facts and names the file of the tensors, safetensors, with its
-SHA-256. It is replaced last, so that at any moment it names a file that is complete.
+SHA-256. It is replaced last, so that at any moment it names a complete file.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 
 FOLDER = "checkpoint"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; one line says why."""
+    """A checkpoint that cannot be read; the text is one line."""
 
 
 def write(
     folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint in place of the one before.
+    """Replace the checkpoint of a run folder.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def write(
     tensors : Mapping[str, torch.Tensor]
         Tensors by name.
     facts : Mapping[str, Any]
-        What JSON can hold; ``round``, the rounds completed, must be there.
+        JSON facts; ``round``, the number of completed rounds, is required.
     """
     inside = folder / FOLDER
     inside.mkdir(parents=True, exist_ok=True)
@@ -44,19 +44,19 @@ def write(
     part = inside / f"{name}.part"
     save_file({name: t.contiguous() for name, t in tensors.items()}, part)
     digest = _digest(part)
-    _settle(part, inside / name)
+    _rename(part, inside / name)
     body = {"format": FORMAT, "file": name, "sha256": digest, "facts": facts}
     part = inside / f"{STATE}.part"
     text = json.dumps(body | {"check": _check(body)}, allow_nan=False)
     part.write_text(text + "\n", encoding="utf-8")
-    _settle(part, inside / STATE)
+    _rename(part, inside / STATE)
     for path in inside.glob("*.safetensors*"):
         if path.name != name:
             path.unlink()
 
 
 def exists(folder: Path) -> bool:
-    """Tell whether a run folder holds a checkpoint."""
+    """Return whether a run folder holds a checkpoint."""
     return (folder / FOLDER / STATE).exists()
 
 
@@ -100,7 +100,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: altered, its checksum does not match")
     if body["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: of format {body['format']}, this version reads {FORMAT}"
+            f"{path}: format {body['format']}, this version reads format {FORMAT}"
         )
     return body
 
@@ -115,8 +115,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settle(part: Path, path: Path) -> None:
-    """Give a file that lies whole on the disk its name."""
+def _rename(part: Path, path: Path) -> None:
+    """Rename a file once it is on the disk."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

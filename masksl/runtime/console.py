@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress bar, and the table at the end."""
+"""Output of a run: the progress bar, and the table at the end."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -18,7 +18,7 @@ from rich.table import Table
 class ProgressBar:
     """A progress bar over rounds and one over the steps of the round.
 
-    Where the output is no terminal it prints a line a round instead.
+    If the output is not a terminal, it prints a line for each round instead.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave it as it is."""
+        """Stop updating the bar."""
         self._progress.stop()
 
     def on_step(self, round_: int, step: int, steps: int, loss: float) -> None:
@@ -65,30 +65,35 @@ class ProgressBar:
 
     def on_round(self, row: Mapping[str, Any]) -> None:
         """Show a finished round."""
-        text = f"top-1 {row['top1']:.2%}, training loss {row['loss']:.4f}"
+        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+        text = f"top-1 {row['top1']:.2%}, training loss {loss}"
         self._progress.update(self._round, completed=row["round"], text=text)
         if self._progress.disable:
             self._console.print(f"round {row['round']}/{self._rounds}: {text}")
 
 
-def print_summary(summary: Mapping[str, Any], folder: str) -> None:
+def print_summary(
+    summary: Mapping[str, Any], labels: Mapping[str, tuple[str, str]], folder: str
+) -> None:
     """Print the table at the end of a run.
 
     Parameters
     ----------
     summary : Mapping[str, Any]
         Content of ``summary.json``.
+    labels : Mapping[str, tuple[str, str]]
+        Text and format of keys that only this method has.
     folder : str
-        Where the run's files are.
+        The run folder.
     """
     console = Console()
-    title = f"{summary['compressor']}, {summary['rounds']} rounds"
-    table = Table(title=title, show_header=False)
+    names = f"{summary['method']}, {summary['compressor']}"
+    table = Table(title=f"{names}, {summary['rounds']} rounds", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("test accuracy, top-1", f"{summary['top1']:.2%}")
     table.add_row("test accuracy, top-5", f"{summary['top5']:.2%}")
-    table.add_row("training loss, last round", f"{summary['loss']:.4f}")
+    table.add_row("training loss, last round", _shown(summary["loss"], ".4f"))
     table.add_row("test loss", f"{summary['test_loss']:.4f}")
     table.add_section()
     for phase, directions in summary["bytes"].items():
@@ -97,16 +102,20 @@ def print_summary(summary: Mapping[str, Any], folder: str) -> None:
                 table.add_row(f"{phase}, {direction}, {kind}", f"{sent:,} B")
     table.add_row("all", f"{summary['bytes_total']:,} B")
     table.add_section()
-    factor, bits = summary["compression_factor"], summary["bits_per_element"]
-    table.add_row("compression factor of activations", f"{factor:.2f}")
-    table.add_row("bits an activation element", f"{bits:.3f}")
-    table.add_row("relative error, last round", f"{summary['relative_error']:.4f}")
-    table.add_row("compression factor of everything", f"{summary['factor_total']:.2f}")
+    for key, (text, form) in labels.items():
+        table.add_row(text, _shown(summary[key], form))
+    factor = _shown(summary["factor_total"], ".2f")
+    table.add_row("compression factor of everything", factor)
     table.add_section()
     table.add_row("time on the simulated link", f"{summary['link_seconds']:.2f} s")
     table.add_row("wall time", f"{summary['wall_seconds']:.1f} s")
     table.add_row("training", f"{summary['samples_per_second']:,.0f} samples/s")
-    for part, share in summary["shares"].items():
-        table.add_row(f"time in {part.replace('_', ' ')}", f"{share:.1%}")
+    for activity, share in summary["shares"].items():
+        table.add_row(f"time in {activity}", f"{share:.1%}")
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
+
+
+def _shown(value: Any, form: str) -> str:
+    """Return a value in a format; a run can lack one."""
+    return "none" if value is None else format(value, form)

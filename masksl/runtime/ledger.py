@@ -1,21 +1,27 @@
-"""The account of every byte sent, and the time it would take on a given link."""
+"""The account of every byte and message sent, and their time on a simulated link."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
+
+from pydantic import Field
+
+from masksl.settings import Section
 
 UP = "up"
 DOWN = "down"
 
+Nested = dict[str, dict[str, dict[str, int]]]
+
 
 class Entry(NamedTuple):
-    """One thing sent.
+    """One array of a message.
 
     Parameters
     ----------
     kind : str
-        What it is, e.g. ``activation``.
+        Name of its record, e.g. ``activation``.
     bytes : int
         Length as sent.
     dense : int
@@ -27,9 +33,8 @@ class Entry(NamedTuple):
     dense: int
 
 
-@dataclass(frozen=True)
-class Link:
-    """The link between the server and a client, each client having its own.
+class Link(Section):
+    """The link between the server and a client; each client has one of its own.
 
     Parameters
     ----------
@@ -39,12 +44,12 @@ class Link:
         One way, in milliseconds.
     """
 
-    up_mbps: float = 100.0
-    down_mbps: float = 100.0
-    latency_ms: float = 0.0
+    up_mbps: float = Field(100.0, gt=0, description="a number greater than 0")
+    down_mbps: float = Field(100.0, gt=0, description="a number greater than 0")
+    latency_ms: float = Field(0.0, ge=0, description="a number from 0 on")
 
     def seconds(self, down: Iterable[int], up: Iterable[int]) -> float:
-        """Return how long an exchange lasts: both ways, the slowest client each way.
+        """Return the duration of an exchange: both ways, the slowest client each way.
 
         Parameters
         ----------
@@ -56,18 +61,31 @@ class Link:
         return 2 * self.latency_ms / 1e3 + transfer / 1e6
 
 
+Key = tuple[str, str, str]
+"""Phase, direction, kind."""
+
+
 class Traffic:
-    """Sums of bytes by phase, direction and kind, and of link time in seconds."""
+    """Sums of bytes and messages by phase, direction and kind, and of link time."""
 
     def __init__(self) -> None:
-        self._bytes: dict[tuple[str, str, str], int] = defaultdict(int)
-        self._dense: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._bytes: dict[Key, int] = defaultdict(int)
+        self._dense: dict[Key, int] = defaultdict(int)
+        self._messages: dict[Key, int] = defaultdict(int)
         self.link_seconds = 0.0
 
-    def add(self, phase: str, direction: str, entry: Entry) -> None:
-        """Count one thing."""
-        self._bytes[phase, direction, entry.kind] += entry.bytes
-        self._dense[phase, direction, entry.kind] += entry.dense
+    def add(self, phase: str, direction: str, entries: Iterable[Entry]) -> None:
+        """Count what one message carries.
+
+        Each kind that it carries counts as one message of that kind.
+        """
+        kinds = set()
+        for entry in entries:
+            self._bytes[phase, direction, entry.kind] += entry.bytes
+            self._dense[phase, direction, entry.kind] += entry.dense
+            kinds.add(entry.kind)
+        for kind in kinds:
+            self._messages[phase, direction, kind] += 1
 
     def bytes(
         self,
@@ -75,10 +93,10 @@ class Traffic:
         direction: str | None = None,
         phase: str | None = None,
     ) -> int:
-        """Return the bytes sent, of one kind, direction or phase where they are given.
+        """Return the bytes sent, of one kind, direction or phase if they are given.
 
-        What is derived from these is never stored: the paper's own traffic is
-        ``bytes("activation", "up")``.
+        Figures derived from these are never stored: the traffic by the account of the
+        MS paper is ``bytes("activation", "up")``.
         """
         return _select(self._bytes, phase, direction, kind)
 
@@ -91,29 +109,44 @@ class Traffic:
         """Return the float32 bytes of the same tensors, likewise."""
         return _select(self._dense, phase, direction, kind)
 
+    def messages(
+        self,
+        kind: str | None = None,
+        direction: str | None = None,
+        phase: str | None = None,
+    ) -> int:
+        """Return the number of messages that carry a kind, likewise."""
+        return _select(self._messages, phase, direction, kind)
+
     def state(self) -> dict[str, Any]:
-        """Return the sums as what JSON can hold."""
+        """Return the sums as JSON facts."""
         return {
             "bytes": [[*key, n] for key, n in self._bytes.items()],
             "dense": [[*key, n] for key, n in self._dense.items()],
+            "messages": [[*key, n] for key, n in self._messages.items()],
             "link_seconds": self.link_seconds,
         }
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
-        """Return the sums that `state` returned."""
+        """Return the sums from what `state` returned."""
         traffic = cls()
-        traffic._bytes.update({(p, d, k): n for p, d, k, n in state["bytes"]})
-        traffic._dense.update({(p, d, k): n for p, d, k, n in state["dense"]})
+        for name, sums in (
+            ("bytes", traffic._bytes),
+            ("dense", traffic._dense),
+            ("messages", traffic._messages),
+        ):
+            sums.update({(p, d, k): n for p, d, k, n in state[name]})
         traffic.link_seconds = state["link_seconds"]
         return traffic
 
-    def nested(self) -> dict[str, dict[str, dict[str, int]]]:
+    def nested_bytes(self) -> Nested:
         """Return bytes as ``{phase: {direction: {kind: bytes}}}``, sorted."""
-        nested: dict[str, dict[str, dict[str, int]]] = {}
-        for (phase, direction, kind), sent in sorted(self._bytes.items()):
-            nested.setdefault(phase, {}).setdefault(direction, {})[kind] = sent
-        return nested
+        return _nested(self._bytes)
+
+    def nested_messages(self) -> Nested:
+        """Return numbers of messages, likewise."""
+        return _nested(self._messages)
 
 
 @dataclass
@@ -123,7 +156,7 @@ class Ledger:
     Parameters
     ----------
     link : Link
-        The link whose time is simulated.
+        The simulated link.
     """
 
     link: Link
@@ -137,8 +170,8 @@ class Ledger:
     def exchange(
         self,
         phase: str,
-        down: Mapping[int, Iterable[Entry]],
-        up: Mapping[int, Iterable[Entry]],
+        down: Mapping[int, Sequence[Entry]],
+        up: Mapping[int, Sequence[Entry]],
     ) -> None:
         """Count one exchange.
 
@@ -146,29 +179,34 @@ class Ledger:
         ----------
         phase : str
             ``training`` or ``evaluation``.
-        down, up : Mapping[int, Iterable[Entry]]
-            What was sent to and came from each client.
+        down, up : Mapping[int, Sequence[Entry]]
+            Entries of the message to each client, of the reply from each client.
         """
         sums: dict[str, list[int]] = {DOWN: [], UP: []}
         for direction, sent in ((DOWN, down), (UP, up)):
             for entries in sent.values():
-                counted = list(entries)
-                sums[direction].append(sum(entry.bytes for entry in counted))
-                for entry in counted:
-                    self.total.add(phase, direction, entry)
-                    self.round.add(phase, direction, entry)
+                sums[direction].append(sum(entry.bytes for entry in entries))
+                self.total.add(phase, direction, entries)
+                self.round.add(phase, direction, entries)
         seconds = self.link.seconds(sums[DOWN], sums[UP])
         self.total.link_seconds += seconds
         self.round.link_seconds += seconds
 
 
 def compression_factor(dense: int, sent: int) -> float | None:
-    """Return float32 bytes over bytes sent, None where nothing was sent."""
+    """Return float32 bytes over bytes sent, None if nothing was sent."""
     return dense / sent if sent else None
 
 
+def _nested(sums: Mapping[Key, int]) -> Nested:
+    nested: Nested = {}
+    for (phase, direction, kind), number in sorted(sums.items()):
+        nested.setdefault(phase, {}).setdefault(direction, {})[kind] = number
+    return nested
+
+
 def _select(
-    sums: Mapping[tuple[str, str, str], int],
+    sums: Mapping[Key, int],
     phase: str | None,
     direction: str | None,
     kind: str | None,

@@ -1,74 +1,99 @@
-"""What lies in a Flower message and in a client's state, and how.
+"""Records of Flower messages and of client state.
 
-The records of a message are named by what the ledger calls them: ``activation``,
-``label``, ``gradient`` and ``model``, each an ArrayRecord; ``place`` tells round and
-step, ``figures`` holds measurements, ``failure`` the reason why a run must end.
+Records of a message are named after the kinds of the ledger (``activation``,
+``gradient``, ``model``, ...). Each is an ArrayRecord. Beside them, ``place`` holds round
+and step, ``metrics`` holds measurements, ``failure`` the reason why a run must end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from masksl import compress
 from masksl.codec import wire
-from masksl.compress import FrameError
+from masksl.compress import FrameError, NotFiniteError
 from masksl.runtime.ledger import Entry
 
 HELLO = "query.hello"
 SAVE = "query.save"
-FORWARD = "train.forward"
-BACKWARD = "train.backward"
-EVALUATE = "evaluate.forward"
 
-ACTIVATION = "activation"
-LABEL = "label"
-GRADIENT = "gradient"
 MODEL = "model"
-MOMENTUM = "momentum"
 PLACE = "place"
-FIGURES = "figures"
+METRICS = "metrics"
 FAILURE = "failure"
 SETTINGS = "settings"
+STATE = "state."  # prefix of records that restore a client's own state
 
-_FRAME = "masksl.frame"
-_LABELS = "masksl.labels"
+FRAME = "masksl.frame"
 _TENSOR = "masksl.tensor"
 _EXACT = compress.make("none")
 
 
 class RunError(RuntimeError):
-    """What ends a run; its text is one line for the user."""
+    """An error that ends a run; its text is one line for the user."""
+
+
+@contextmanager
+def ends_run(where: str) -> Iterator[None]:
+    """Turn a broken frame or a value that is not finite into a `RunError`.
+
+    Parameters
+    ----------
+    where : str
+        Round, step, client and compressor; the error line begins with it.
+    """
+    try:
+        yield
+    except (FrameError, NotFiniteError) as error:
+        raise RunError(f"{where}: {error}") from error
 
 
 def failure(reason: object) -> RecordDict:
-    """Return a reply that ends the run with a reason."""
+    """Return the content of a reply that ends the run with a reason."""
     return RecordDict({FAILURE: ConfigRecord({"reason": str(reason)})})
 
 
-def entries(content: RecordDict, gradient: int | None = None) -> list[Entry]:
-    """Return what of a message the ledger counts: every array, by its record's name.
+def metrics_of(content: RecordDict) -> dict[str, Any]:
+    """Return the measurements of a message, {} if it has none."""
+    return dict(content.metric_records.get(METRICS, {}))
 
-    ``gradient`` is the number of elements of a gradient of which only a part is sent.
+
+def place_of(content: RecordDict) -> dict[str, Any]:
+    """Return round, step and what else the server sets of a message."""
+    return dict(content.config_records[PLACE])
+
+
+def entries(
+    content: RecordDict, full: Mapping[str, int] | None = None
+) -> list[Entry]:
+    """Return what the ledger counts of a message: each array, by its record's name.
+
+    Parameters
+    ----------
+    content : RecordDict
+        Content of the message.
+    full : Mapping[str, int] | None
+        By record name, the elements of a tensor of which only a part is sent.
     """
     counted = [
         _entry(kind, array)
         for kind, record in content.array_records.items()
         for array in record.values()
     ]
-    if gradient is None:
+    if not full:
         return counted
     return [
-        entry._replace(dense=4 * gradient) if entry.kind == GRADIENT else entry
+        entry._replace(dense=4 * full[entry.kind]) if entry.kind in full else entry
         for entry in counted
     ]
 
 
 def _entry(kind: str, array: Array) -> Entry:
     sent = len(array.data)
-    if array.stype == _FRAME:
+    if array.stype == FRAME:
         return Entry(kind, sent, 4 * wire.declared_elements(array.data))
     return Entry(kind, sent, sent)
 
@@ -84,7 +109,7 @@ def frame_record(frame: bytes) -> ArrayRecord:
 
 
 def frame_of(content: RecordDict, kind: str) -> bytes:
-    """Return the one frame of a kind; `FrameError` where there is none."""
+    """Return the one frame of a kind; `FrameError` if there is none."""
     try:
         return _frame_bytes(content.array_records[kind]["frame"])
     except KeyError:
@@ -92,71 +117,20 @@ def frame_of(content: RecordDict, kind: str) -> bytes:
 
 
 def _frame_array(frame: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(frame),), stype=_FRAME, data=frame)
+    return Array(dtype="uint8", shape=(len(frame),), stype=FRAME, data=frame)
 
 
 def _frame_bytes(array: Array) -> bytes:
-    if array.stype != _FRAME:
-        raise FrameError(f"array of type {array.stype!r}, expected {_FRAME!r}")
+    if array.stype != FRAME:
+        raise FrameError(f"array of type {array.stype!r}, expected {FRAME!r}")
     return array.data
 
 
-# --- labels ---------------------------------------------------------------------------
-
-
-def label_record(labels: torch.Tensor, classes: int) -> ArrayRecord:
-    """Return a record of labels: uint8 up to 256 classes, else uint16."""
-    packed = labels.cpu().numpy().astype("<u1" if classes <= 256 else "<u2")
-    record = ArrayRecord()
-    record[LABEL] = Array(
-        dtype=str(packed.dtype),
-        shape=packed.shape,
-        stype=_LABELS,
-        data=packed.tobytes(),
-    )
-    return record
-
-
-def labels_of(content: RecordDict, classes: int, expected: int) -> torch.Tensor:
-    """Return the labels of a message.
-
-    Parameters
-    ----------
-    content : RecordDict
-        Content of the message.
-    classes : int
-        Number of classes.
-    expected : int
-        Number of labels that there must be.
-
-    Returns
-    -------
-    torch.Tensor
-        int64, shape (expected,), on the CPU.
-
-    Raises
-    ------
-    FrameError
-        If they are missing, too many, too few, or of classes that there are not.
-    """
-    dtype = np.dtype("<u1" if classes <= 256 else "<u2")
-    record = content.array_records.get(LABEL)
-    array = record[LABEL] if record and LABEL in record else None
-    if array is None or array.stype != _LABELS:
-        raise FrameError("message without labels")
-    if len(array.data) != expected * dtype.itemsize:
-        raise FrameError(f"{len(array.data)} bytes of labels for {expected} samples")
-    labels = torch.from_numpy(np.frombuffer(array.data, dtype).astype(np.int64))
-    if int(labels.max()) >= classes:
-        raise FrameError(f"label {int(labels.max())} of {classes} classes")
-    return labels
-
-
-# --- halves ---------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------
 
 
 def model_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Return tensors by name as exact frames; integers travel as float64."""
+    """Encode tensors by name as exact frames, integers as float64."""
     record = ArrayRecord()
     for name, tensor in tensors.items():
         exact = tensor if tensor.is_floating_point() else tensor.double()
@@ -167,17 +141,17 @@ def model_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 def model_of(
     content: RecordDict, like: Mapping[str, torch.Tensor], kind: str = MODEL
 ) -> dict[str, torch.Tensor] | None:
-    """Return the tensors of a message, None if it has none.
+    """Decode the tensors of a message, None if it has none.
 
     Parameters
     ----------
     content : RecordDict
         Content of the message.
     like : Mapping[str, torch.Tensor]
-        Tensors by name, with the shapes, dtypes and device that those of the message
-        must have and come out with.
+        Tensors by name with the expected shapes. The decoded tensors have their dtypes
+        and device.
     kind : str
-        The record's name.
+        Name of the record.
 
     Raises
     ------
@@ -201,22 +175,15 @@ def model_of(
     return tensors
 
 
-def kept_of(content: RecordDict, kind: str) -> dict[str, torch.Tensor]:
-    """Return tensors that are kept for a client as they came, {} if there are none."""
-    record = content.array_records.get(kind)
-    if record is None:
-        return {}
-    return {name: compress.decode(_frame_bytes(a)) for name, a in record.items()}
-
-
 # --- state ----------------------------------------------------------------------------
 
 
 class LiveArray(Array):
-    """An Array that holds a live tensor and becomes bytes only when it must.
+    """An Array that holds a tensor and is serialised only when it is pickled.
 
-    Engines that keep a client's state in memory serialise nothing; those that pickle it
-    or send it elsewhere find an ordinary Array.
+    Engines that keep a client's state in memory serialise nothing. Engines that pickle
+    the state, or send it, get an ordinary Array. The constructor of Array (Flower 1.41)
+    is not called, because it would serialise the tensor.
 
     Parameters
     ----------
@@ -242,9 +209,9 @@ class LiveArray(Array):
 
 
 def state_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Return tensors by name as live arrays."""
+    """Return tensors by name as live arrays, of any dtype."""
     record = ArrayRecord()
-    for name, tensor in tensors.items():  # the constructor would make them bytes
+    for name, tensor in tensors.items():  # the constructor would serialise them
         record[name] = LiveArray(tensor)
     return record
 
@@ -259,6 +226,7 @@ def state_tensors(
             tensors[name] = array.__dict__["tensor"]
         else:
             dtype = getattr(torch, array.dtype)
-            flat = torch.frombuffer(bytearray(array.data), dtype=dtype)
-            tensors[name] = flat.view(array.shape).to(device)
+            data = bytearray(array.data)
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0)
+            tensors[name] = flat.to(dtype).view(array.shape).to(device)
     return tensors

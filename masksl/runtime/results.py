@@ -1,6 +1,7 @@
-"""The results folder of a run: what is written there, and how it is read back."""
+"""The run folder: writing results, and reading them back."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 EVENTS = "events.jsonl"
 CURVES = "curves.png"
-_PLACES = ("dataset.root", "resume")
+_PATHS = ("dataset.root", "resume")
+_FIRST_METHOD = "split"  # method of runs from the time when there was no other
 
 
 class RunFolder:
@@ -22,7 +24,7 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Made where it is missing. Rows of a run that was here before are removed.
+        Created if missing. Rows of an earlier run in it are removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +43,7 @@ class RunFolder:
         _append(self.path / METRICS, row)
 
     def add_event(self, event: Mapping[str, Any]) -> None:
-        """Append what disturbed the run without ending it."""
+        """Append a disturbance that did not end the run."""
         _append(self.path / EVENTS, event)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -54,7 +56,8 @@ class RunFolder:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the configuration of a run folder, flat."""
-    return yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    return {"method.name": _FIRST_METHOD} | config
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -65,25 +68,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the summary of a run folder."""
-    return json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    return {"method": _FIRST_METHOD} | summary
 
 
 def collect(folder: Path, into: Path) -> None:
-    """Copy what reports need of the finished runs below a folder.
+    """Copy the results of the finished runs below a folder, as far as reports need them.
 
     Parameters
     ----------
     folder : Path
         Holds run folders, at any depth.
     into : Path
-        Gets the same folders, without checkpoints, curves, and places on this machine.
-        What it has already stays there. Not the folder itself, nor below it.
+        Receives the same folders, without checkpoints, curves, and paths of this
+        machine. Its other files are kept. Not the folder itself, nor below it.
     """
     for summary in sorted(folder.glob(f"**/{SUMMARY}")):
         run = into / summary.parent.relative_to(folder)
         run.mkdir(parents=True, exist_ok=True)
-        settings = read_config(summary.parent)
-        kept = {key: settings[key] for key in settings if key not in _PLACES}
+        text = (summary.parent / CONFIG).read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+        kept = {key: settings[key] for key in settings if key not in _PATHS}
         _write(run / CONFIG, yaml.safe_dump(kept, sort_keys=False))
         for name in (METRICS, SUMMARY):
             _write(run / name, (summary.parent / name).read_text(encoding="utf-8"))
@@ -108,7 +113,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         sent.append((sent[-1] if sent else 0) + _total(row["bytes"]) / 1e6)
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     loss, accuracy, traffic = figure.subplots(1, 3)
-    loss.plot(rounds, [row["loss"] for row in rows], marker=".", label="training")
+    loss.plot(rounds, [_number(row["loss"]) for row in rows], marker=".", label="training")
     loss.plot(rounds, [row["test_loss"] for row in rows], marker=".", label="test")
     loss.set(xlabel="round", ylabel="cross-entropy")
     loss.legend()
@@ -123,6 +128,11 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _number(value: float | None) -> float:
+    """Return a value, NaN for a round in which nobody trained."""
+    return math.nan if value is None else value
+
+
 def _total(nested: Mapping[str, Any] | int) -> int:
     if isinstance(nested, Mapping):
         return sum(map(_total, nested.values()))
@@ -135,7 +145,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

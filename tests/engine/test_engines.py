@@ -11,24 +11,27 @@ import pytest
 import ray
 import torch
 
-from masksl import client_app, compress, engine, main, server_app
+from masksl import compress, engine, main, server_app
+from masksl.methods.client import Client
+from masksl.methods.split import client as split
 from masksl.runtime import messages, results
 from masksl.runtime.messages import RunError
 from masksl.settings import Settings
 from tests.conftest import ROOT, processes, settings_of, untimed
 
+FORWARD, BACKWARD = "train.forward", "train.backward"
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 
 
 def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
-    """Run on the engine of the settings; return the rows without what is timed."""
+    """Run on the engine of the settings; return the rows without timed columns."""
     main.run(settings, folder)
     return untimed(results.read_rows(folder))
 
 
 @pytest.fixture
 def no_ray() -> None:
-    """End the Ray of this process, so that what is left can be seen."""
+    """Shut down the Ray of this process, so that only processes of the test remain."""
     ray.shutdown()
 
 
@@ -45,7 +48,7 @@ def no_ray() -> None:
     ids=str,
 )
 def test_engines_agree(options: tuple[str, ...], tmp_path: Path) -> None:
-    """Three clients on Flower's two Ray workers: messages change the process."""
+    """Run three clients on two Ray workers: messages reach changing processes."""
     overrides = (*SMALL, *options)
     local = run(settings_of(*overrides), tmp_path / "local")
     remote = settings_of(*overrides, "engine=flower", "engine.cpus_per_client=0.5")
@@ -73,15 +76,15 @@ def test_divergence_ends_a_run_with_one_line(name: str, tmp_path: Path) -> None:
 def test_a_diverged_activation_names_its_client(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    forward = client_app.Client.run_forward
+    forward = split.run_forward
 
-    def diverge(client: client_app.Client, half: Any, place: Any) -> Any:
-        activation, labels = forward(client, half, place)
+    def diverge(client: Client, network: Any, place: Any) -> Any:
+        activation, labels = forward(client, network, place)
         if (client.number, place.step) == (2, 1):
             activation[3] = float("nan")
         return activation, labels
 
-    monkeypatch.setattr(client_app.Client, "run_forward", diverge)
+    monkeypatch.setattr(split, "run_forward", diverge)
     with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL), tmp_path)
     assert str(caught.value) == (
@@ -121,17 +124,17 @@ BROKEN = {
 def test_a_broken_frame_names_its_client(
     how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    forward = client_app.forward
+    forward = split.HANDLERS[FORWARD]
     change, reason = BROKEN[how]
 
-    def break_frame(client: client_app.Client, content: Any) -> Any:
+    def break_frame(client: Client, content: Any) -> Any:
         reply = forward(client, content)
         if client.number == 1:
             frame = change(messages.frame_of(reply, "activation"))
             reply["activation"] = messages.frame_record(frame)
         return reply
 
-    monkeypatch.setattr(client_app, "forward", break_frame)
+    monkeypatch.setitem(split.HANDLERS, FORWARD, break_frame)
     with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL, "batch_size=26"), tmp_path)
     assert str(caught.value) == f"round 1, step 0, client 1, compressor ms: {reason}"
@@ -140,15 +143,15 @@ def test_a_broken_frame_names_its_client(
 def test_a_frame_without_positions_names_its_client(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    forward = client_app.forward
+    forward = split.HANDLERS[FORWARD]
 
-    def send_all(client: client_app.Client, content: Any) -> Any:
+    def send_all(client: Client, content: Any) -> Any:
         reply = forward(client, content)
         frame = compress.make("none").encode(torch.rand(26, 64, 4, 4))
         reply["activation"] = messages.frame_record(frame)
         return reply
 
-    monkeypatch.setattr(client_app, "forward", send_all)
+    monkeypatch.setitem(split.HANDLERS, FORWARD, send_all)
     options = ("compressor=sp", "gradient_positions=kept", "batch_size=26")
     with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL, *options), tmp_path)
@@ -178,10 +181,10 @@ def test_divergence_is_never_hidden(
 def test_clients_that_all_raise_end_a_run_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(client: client_app.Client, content: Any) -> Any:
+    def fail(client: Client, content: Any) -> Any:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr(client_app, "backward", fail)
+    monkeypatch.setitem(split.HANDLERS, BACKWARD, fail)
     with pytest.raises(RunError) as caught:
         run(settings_of(*SMALL), tmp_path)
     assert str(caught.value) == (
@@ -190,7 +193,7 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
     )
 
 
-def test_nothing_of_a_simulation_stays_behind(no_ray: None, tmp_path: Path) -> None:
+def test_a_simulation_leaves_no_process(no_ray: None, tmp_path: Path) -> None:
     run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
     assert left_behind() == []
 
@@ -215,7 +218,7 @@ def test_an_ended_run_leaves_no_process(
             stdout=file,
             stderr=file,
             cwd=ROOT,
-            # Whoever runs the tests in the background may have it ignored.
+            # A shell's "&" may ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
@@ -231,7 +234,7 @@ def test_an_ended_run_leaves_no_process(
 
 
 def left_behind() -> list[str]:
-    """Return what of Ray's daemons and actors does not end within 15 seconds."""
+    """Return Ray's daemons and actors that are still running after 15 seconds."""
     deadline = time.monotonic() + 15
     while (left := simulation_processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -239,7 +242,7 @@ def left_behind() -> list[str]:
 
 
 def simulation_processes() -> list[str]:
-    """Return the command lines of Ray's daemons and actors that run."""
+    """Return the command lines of Ray's running daemons and actors."""
     return processes("raylet", "ray::", "gcs_server")
 
 

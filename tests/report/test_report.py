@@ -1,4 +1,4 @@
-"""Measurements on activations, and the tables and figures made of results."""
+"""Measurements on activations, and tables and figures from results."""
 
 import csv
 import json
@@ -14,11 +14,11 @@ from masksl import main as training
 from masksl.bench import activations
 from masksl.dataset import DatasetConfig, load
 from masksl.report.__main__ import REPORTS, main
-from masksl.report.cells import ACCOUNTS
+from masksl.report.cells import ACCOUNTS, read_run
 from masksl.report.figure2 import _series, figure2
 from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
-from masksl.report.table1 import progress, table1
+from masksl.report.table1 import rounds_to_target, table1
 from masksl.report.tables import ReportError
 from masksl.runtime import results
 from masksl.runtime.checkpoint import CheckpointError
@@ -88,9 +88,9 @@ def test_figure2_stands_beside_the_papers(
     name = f"small_cnn, {dataset}, medium"
     shown = {line[1]: float(line[2]) for line in cells if line[0] == name}
     assert shown["MS, 2-norm"] == pytest.approx(norms["ms"], rel=1e-3)
-    for method in ("qu", "sp", "rt"):
-        ratio = norms[method] / norms["ms"]
-        assert shown[f"{method.upper()} / MS"] == pytest.approx(ratio, abs=0.005)
+    for compressor in ("qu", "sp", "rt"):
+        ratio = norms[compressor] / norms["ms"]
+        assert shown[f"{compressor.upper()} / MS"] == pytest.approx(ratio, abs=0.005)
     paper = [line[1:] for line in cells if line[0] == f"the paper's, {dataset}"]
     assert len(paper) == (4 if dataset == "cifar10" else 0)
     if paper:
@@ -111,7 +111,7 @@ def test_figure2_of_a_run_is_that_of_its_network(sync: str, tmp_path: Path) -> N
     training.run(settings | {"client_sync": sync}, tmp_path)
     units, _ = activations.trained(tmp_path)
     whole = torch.nn.Sequential(*units).eval()
-    data = load(DatasetConfig("digits"))
+    data = load(DatasetConfig(name="digits"))
     images, labels = data.test_batch(torch.arange(len(data.test.labels)))
     with torch.no_grad():
         hits = int((whole(images).argmax(1) == labels).sum())
@@ -183,7 +183,7 @@ def test_runs_without_a_seed_in_their_place_are_settings(
 
 
 def first_at(rows: list[dict[str, Any]], target: float) -> float | None:
-    """Return after how many rounds a target is reached, looked for by hand."""
+    """Return the rounds trained until a target is reached, by another algorithm."""
     for row in rows:
         for check in row["checks"]:
             if check["top1"] >= target:
@@ -199,10 +199,10 @@ def test_table1_counts_what_was_sent_until_the_target(sweep: Path) -> None:
     assert [[cell.strip("| ") for cell in line[:3]] for line in lines] == [
         [account, "small_cnn, digits, 3 clients", "shallow"] for account in ACCOUNTS
     ]
-    for method, column in (("qu", 3), ("ms", 4)):
+    for compressor, column in (("qu", 3), ("ms", 4)):
         saved = []
         for seed in (1, 2):
-            folders = {name: find(sweep, name, seed) for name in (method, "none")}
+            folders = {name: find(sweep, name, seed) for name in (compressor, "none")}
             rounds = [first_at(results.read_rows(f), 0.2) for f in folders.values()]
             ours, plain = map(results.read_summary, folders.values())
             if None in rounds:
@@ -213,7 +213,7 @@ def test_table1_counts_what_was_sent_until_the_target(sweep: Path) -> None:
         assert lines[0][column].startswith(expected)
     assert texts["accuracy.md"].count("\n") == 3
     rows = list(csv.DictReader(texts["table1.csv"].splitlines()))
-    assert [row["method"] for row in rows] == ["none"] * 2 + ["qu"] * 2 + ["ms"] * 2
+    assert [row["compressor"] for row in rows] == ["none"] * 2 + ["qu"] * 2 + ["ms"] * 2
 
 
 def find(sweep: Path, compressor: str, seed: int) -> Path:
@@ -239,12 +239,100 @@ def synthetic(folder: Path, tops: list[float], **settings: Any) -> None:
     (folder / results.SUMMARY).write_text(json.dumps(summary))
 
 
+def other_method(folder: Path, **settings: Any) -> None:
+    """Write a finished run of an invented method without the keys of ``split``."""
+    synthetic(folder, [0.4, 0.6], **{"method.name": "gossip"} | settings)
+    config = results.read_config(folder)
+    del config["cut"]
+    (folder / results.CONFIG).write_text(json.dumps(config))
+    summary = {"method": "gossip", "top1": 0.6, "best_top1": 0.6, "bytes_total": 2e6}
+    (folder / results.SUMMARY).write_text(json.dumps(summary | {"uploads": 7}))
+
+
+def test_runs_leave_out_columns_that_no_run_has(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        other_method(tmp_path / "gossip" / f"seed={seed}", seed=seed)
+    texts = runs(tmp_path)
+    assert texts["runs.md"].splitlines() == [
+        "| setting | method | seeds | top-1, % | best top-1, % | everything, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| gossip | gossip | 2 | 60.00 ± 0.00 | 60.00 ± 0.00 | 2.0 ± 0.0 |",
+    ]
+    (row,) = csv.DictReader(texts["runs.csv"].splitlines())
+    assert row["everything, MB"] == "2"
+    assert "bits an element" not in row
+
+
+def test_runs_show_a_missing_value(tmp_path: Path) -> None:
+    other_method(tmp_path / "gossip")
+    for seed, error in ((1, 0.25), (2, None)):
+        folder = tmp_path / "split" / f"seed={seed}"
+        synthetic(folder, [0.5], seed=seed)
+        summary = results.read_summary(folder)
+        summary |= {"best_top1": 0.5, "relative_error": error}
+        (folder / results.SUMMARY).write_text(json.dumps(summary))
+    texts = runs(tmp_path)
+    lines = [line.split(" | ") for line in texts["runs.md"].splitlines()]
+    column = lines[0].index("relative error")
+    assert [line[column] for line in lines[2:]] == ["–", "0.250 (1 of 2)"]
+    assert [line[1] for line in lines[2:]] == ["gossip", "split"]
+    rows = list(csv.DictReader(texts["runs.csv"].splitlines()))
+    assert [row["relative error"] for row in rows] == ["", "0.25"]
+
+
+def test_runs_without_what_a_table_needs_are_refused(tmp_path: Path) -> None:
+    synthetic(tmp_path / "none", [0.6])
+    synthetic(tmp_path / "qu", [0.6], **{"compressor.name": "qu"})
+    other_method(tmp_path / "gossip")
+    for report in (table1, figure3):
+        text = "gossip/config.yaml: no cut, method=gossip$"
+        with pytest.raises(ReportError, match=text):
+            report(tmp_path)
+    path = tmp_path / "gossip" / results.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": "deep"}))
+    text = "gossip/summary.json: no bytes, method=gossip$"
+    with pytest.raises(ReportError, match=text):
+        read_run(path.parent)
+
+
+def test_tables_name_the_method_only_if_it_is_not_split(tmp_path: Path) -> None:
+    for method in ("split", "chain"):
+        for name in ("none", "qu"):
+            settings = {"method.name": method, "compressor.name": name}
+            synthetic(tmp_path / method / name, [0.6], **settings)
+    lines = table1(tmp_path / "split")
+    assert "split" not in lines["table1.md"] + lines["table1.csv"]
+    texts = table1(tmp_path)
+    assert "| small_cnn, digits, 2 clients, chain | shallow |" in texts["table1.md"]
+    assert "| small_cnn, digits, 2 clients | shallow |" in texts["table1.md"]
+    for text in (texts["table1.csv"], figure3(tmp_path)["figure3.csv"]):
+        rows = list(csv.DictReader(text.splitlines()))
+        assert {row["method"] for row in rows} == {"chain", "split"}
+        assert {row["compressor"] for row in rows} == {"none", "qu"}
+
+
+def test_figure3_leaves_out_rounds_without_training(tmp_path: Path) -> None:
+    for name in ("none", "qu"):
+        synthetic(tmp_path / name, [0.4, 0.6], **{"compressor.name": name})
+    rows = results.read_rows(tmp_path / "qu")
+    rows[0]["loss"] = None
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "qu" / results.METRICS).write_text(text)
+    lines = csv.DictReader(figure3(tmp_path)["figure3.csv"].splitlines())
+    losses = [line for line in lines if line["figure"] == "loss"]
+    assert [(line["compressor"], line["round"]) for line in losses] == [
+        ("none", "1"),
+        ("none", "2"),
+        ("qu", "2"),
+    ]
+
+
 def cell(folder: Path, column: int) -> str:
     """Return a cell of the first line of Table 1."""
     return table1(folder)["table1.md"].splitlines()[2].split(" | ")[column].strip(" |")
 
 
-def test_table1_says_how_many_of_the_runs_it_is_about(tmp_path: Path) -> None:
+def test_table1_says_how_many_runs_a_value_describes(tmp_path: Path) -> None:
     synthetic(tmp_path / "none1", [0.4, 0.6, 0.7])
     synthetic(tmp_path / "none2", [0.4, 0.4, 0.4], seed=2)  # never reaches the target
     of = {"compressor.name": "qu", "sent": 100}
@@ -280,7 +368,7 @@ def test_runs_that_are_not_alike_are_not_averaged(tmp_path: Path) -> None:
         table1(tmp_path)
 
 
-def test_methods_that_differ_in_more_are_not_compared(tmp_path: Path) -> None:
+def test_compressors_that_differ_in_more_are_not_compared(tmp_path: Path) -> None:
     synthetic(tmp_path / "none", [0.6], **{"optimizer.lr": 0.1, "cut": "shallow"})
     other = {"compressor.name": "qu", "gradient_compressor.name": "qu", "cut": "deep"}
     synthetic(tmp_path / "qu", [0.6], **{"optimizer.lr": 0.1, **other})
@@ -301,13 +389,13 @@ def test_a_cut_takes_its_own_baseline_where_it_has_one(tmp_path: Path) -> None:
     assert [line.split(" | ")[3] for line in lines] == ["10.00", "10.00", "20.00"]
 
 
-def test_progress_is_that_of_the_first_evaluation_at_the_target() -> None:
+def test_rounds_to_target_end_at_the_first_evaluation_that_reaches_it() -> None:
     rows = [
         {"round": 1, "steps": 8, "top1": 0.4, "checks": [{"step": 2, "top1": 0.5}]},
         {"round": 2, "steps": 8, "top1": 0.7, "checks": [{"step": 6, "top1": 0.6}]},
     ]
     targets = (0.3, 0.5, 0.55, 0.7, 0.8)
-    assert [progress(rows, t) for t in targets] == [0.25, 0.25, 1.75, 2, None]
+    assert [rounds_to_target(rows, t) for t in targets] == [0.25, 0.25, 1.75, 2, None]
 
 
 def test_reports_say_what_is_missing(
@@ -331,8 +419,8 @@ def test_finished_runs_are_copied_beforehand(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     into = tmp_path / "shown"
-    told = ["report", "table1", str(sweep), "--into", str(into)]
-    monkeypatch.setattr("sys.argv", told)
+    arguments = ["report", "table1", str(sweep), "--into", str(into)]
+    monkeypatch.setattr("sys.argv", arguments)
     main()
     assert table1(into) == table1(sweep)
     assert figure3(into) == figure3(sweep)
@@ -342,21 +430,21 @@ def test_finished_runs_are_copied_beforehand(
         *(results.CONFIG, results.METRICS, results.SUMMARY),
         *("table1.md", "table1.csv", "accuracy.md", "figure3.png"),
     }
-    for path in into.rglob(results.CONFIG):  # nothing of this machine
+    for path in into.rglob(results.CONFIG):  # no paths of this machine
         assert "dataset.root" not in path.read_text()
 
 
-def test_figure3_has_every_epoch_of_every_method(sweep: Path) -> None:
+def test_figure3_has_every_round_of_every_compressor(sweep: Path) -> None:
     rows = list(csv.DictReader(figure3(sweep)["figure3.csv"].splitlines()))
     assert (sweep / "figure3.png").stat().st_size > 20_000
-    for method in ("none", "ms", "qu"):
-        mine = [row for row in rows if row["method"] == method]
+    for compressor in ("none", "ms", "qu"):
+        mine = [row for row in rows if row["compressor"] == compressor]
         assert {row["seeds"] for row in mine} == {"2"}
         losses = [row for row in mine if row["figure"] == "loss"]
         tops = [row for row in mine if row["figure"] == "top-1"]
         assert [float(row["round"]) for row in losses] == [1, 2]
         assert len(tops) == 4
-        found = [results.read_rows(find(sweep, method, seed)) for seed in (1, 2)]
+        found = [results.read_rows(find(sweep, compressor, seed)) for seed in (1, 2)]
         last = [100 * run[-1]["top1"] for run in found]
         assert float(tops[-1]["mean"]) == pytest.approx(fmean(last), rel=1e-4)
         assert float(tops[-1]["std"]) == pytest.approx(stdev(last), abs=1e-4)

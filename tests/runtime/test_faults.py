@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import ray
 
-from masksl import client_app, main
+from masksl import main
+from masksl.engine import packing
 from masksl.engine import ray as engine
+from masksl.methods.client import Client
+from masksl.methods.split import client as split
 from masksl.runtime import results
 from masksl.runtime.messages import RunError
 from tests.conftest import prepare, settings_of, train, untimed
@@ -49,22 +52,22 @@ def test_weights_adapt_to_those_who_are_left() -> None:
     """Of two clients one fails at once: the round is that of the other alone."""
     overrides = ("rounds=1", "clients=2", "dataset.limit=52", "client_sync=round")
     training = prepare(settings_of(*overrides))
-    forward = client_app.forward
+    forward = split.HANDLERS["train.forward"]
 
-    def fail(client: client_app.Client, content: Any) -> Any:
+    def fail(client: Client, content: Any) -> Any:
         if client.number == 0:
             raise ValueError("out of paper")
         return forward(client, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_app, "forward", fail)
+        patch.setitem(split.HANDLERS, "train.forward", fail)
         row = training.strategy.run_round(training.grid, 1, 1)
     assert row["left_out"] == [{"client": 0, "phase": "training", "step": 0}]
     assert row["samples"] == 26
-    assert training.strategy.shared is not None
+    assert training.server.shared is not None
     for number in (0, 1):  # the average is the half of the one that is left
         tensors = training.client_tensors(number)
-        for name, tensor in training.strategy.shared.tensors.items():
+        for name, tensor in training.server.shared.tensors.items():
             assert tensor.equal(tensors[name])
     up = row["bytes"]["training"]["up"]
     assert up["label"] == 26
@@ -137,7 +140,7 @@ def test_a_killed_host_changes_nothing(
 def test_a_host_killed_among_several_calls_changes_nothing(
     order: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PORTION", 1)  # a call a message
+    monkeypatch.setattr(packing, "PORTION", 1)  # a call a message
     order.write_text("backward 2 0 1")
     rows = run(tmp_path, *KILLED, "engine=ray")
     assert not order.exists(), "nobody was killed"

@@ -5,6 +5,7 @@ import torch
 
 from masksl import compress
 from masksl.compress import FrameError, make
+from masksl.methods.split.messages import label_record, labels_of
 from masksl.runtime import messages
 from masksl.runtime.ledger import Entry, Ledger, Link
 from tests.conftest import Training, train
@@ -63,8 +64,19 @@ def test_every_byte_of_a_run_is_counted(by_round: Training) -> None:
     }
     for row in by_round.rows:
         assert row["bytes"] == expected
-    total = by_round.strategy.ledger.total
+        assert row["messages"] == {
+            "training": {
+                "up": {"activation": 5, "label": 5, "model": 2},
+                "down": {"gradient": 5},
+            },
+            "evaluation": {
+                "up": {"activation": 5, "label": 5},
+                "down": {"model": 2},
+            },
+        }
+    total = by_round.traffic
     assert total.bytes("label") == 2 * (103 + 41)
+    assert total.messages("activation", phase="training") == 2 * 5
     assert total.bytes(direction="down", phase="training") == 2 * sum(
         map(none_frame, steps)
     )
@@ -107,7 +119,7 @@ def test_bytes_of_gradients_at_kept_positions(
         assert row["bytes"]["training"]["down"] == {"gradient": down}
         assert row["bytes"]["training"]["up"]["activation"] == up
     # Factors compare with the whole gradient, not with the part that was sent.
-    total = training.strategy.ledger.total
+    total = training.traffic
     assert total.dense("gradient") == 2 * 4 * sum(counts)
     assert total.dense("activation", phase="training") == 2 * 4 * sum(counts)
 
@@ -153,10 +165,10 @@ def test_link_time_of_a_round(by_round: Training) -> None:
     assert seconds == pytest.approx(8 * expected / 100e6, rel=1e-9)
 
 
-# --- what lies in a message -----------------------------------------------------------
+# --- records of messages -----------------------------------------------------------
 
 
-def test_frames_travel_without_a_copy() -> None:
+def test_frames_are_sent_without_a_copy() -> None:
     frame = make("ms").encode(torch.rand(100))
     record = messages.frame_record(frame)
     array = record["frame"]
@@ -171,14 +183,14 @@ def test_frames_travel_without_a_copy() -> None:
 @pytest.mark.parametrize(("classes", "size"), [(10, 1), (256, 1), (257, 2), (1000, 2)])
 def test_labels_take_the_smallest_type(classes: int, size: int) -> None:
     labels = torch.tensor([0, classes - 1, 5])
-    content = messages.RecordDict({"label": messages.label_record(labels, classes)})
+    content = messages.RecordDict({"label": label_record(labels, classes)})
     assert messages.entries(content) == [Entry("label", 3 * size, 3 * size)]
-    assert torch.equal(messages.labels_of(content, classes, 3), labels)
+    assert torch.equal(labels_of(content, classes, 3), labels)
     with pytest.raises(FrameError, match="bytes of labels for 4 samples"):
-        messages.labels_of(content, classes, 4)
+        labels_of(content, classes, 4)
     if classes in (10, 1000):
         with pytest.raises(FrameError, match=f"label {classes - 1} of {classes - 1}"):
-            messages.labels_of(content, classes - 1, 3)
+            labels_of(content, classes - 1, 3)
 
 
 def test_live_arrays_become_bytes_only_when_pickled() -> None:
@@ -198,9 +210,9 @@ def test_models_must_match() -> None:
     like = {"w": torch.zeros(2, 3), "n": torch.tensor(0)}
     sent = {"w": torch.rand(2, 3), "n": torch.tensor(2**40)}
     content = messages.RecordDict({"model": messages.model_record(sent)})
-    came = messages.model_of(content, like)
-    assert came is not None
-    assert all(torch.equal(came[name], sent[name]) for name in sent)
+    received = messages.model_of(content, like)
+    assert received is not None
+    assert all(torch.equal(received[name], sent[name]) for name in sent)
     with pytest.raises(FrameError, match="model of 2 tensors, expected 1"):
         messages.model_of(content, {"w": like["w"]})
     with pytest.raises(FrameError, match=r"tensor w of shape \(2, 3\)"):

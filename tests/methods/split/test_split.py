@@ -10,10 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from masksl import client_app, compress, config, dataset, halves, model
-from masksl.client_app import _Place
+from masksl import compress, dataset, model
 from masksl.compress import decode
-from masksl.halves import OptimizerConfig, ScheduleConfig
+from masksl.methods.client import Client, Place
+from masksl.methods.split import client as split_client
+from masksl.methods.split.client import GRAPHS, GraphCache
+from masksl.methods.split.halves import ServerHalf
+from masksl.runtime.round import Round
+from masksl.training.network import LocalNetwork
+from masksl.training.optimizer import OptimizerConfig
 from masksl.utils import derive_seed
 from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
 
@@ -45,7 +50,6 @@ def plain_cnn() -> Any:
         return [*convolutions, head]
 
     model.ARCHITECTURES["plain_cnn"] = model.Architecture(build, 3, {}, ())
-    config.RULES["model.name"] = config._choice(list(model.ARCHITECTURES))
     yield
     del model.ARCHITECTURES["plain_cnn"]
 
@@ -58,11 +62,11 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
         str(settings["model.name"]), 10, 3, seed=derive_seed(seed, "model")
     )
     network = nn.Sequential(*units).train()
-    optimizer = training.strategy.optimizer.make(list(network.parameters()))
+    optimizer = training.server.optimizer.make(list(network.parameters()))
     losses = []
     torch.set_num_threads(1)
     for step in range(steps):
-        images, labels = training.client(0).train_batch(_Place(1, step))
+        images, labels = training.client(0).train_batch(Place(1, step))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "dropout.server", round=1, step=step))
             loss = functional.cross_entropy(network(images), labels)
@@ -75,13 +79,13 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
     """Return both halves after a run, named as in the whole network."""
-    strategy = training.strategy
-    if strategy.shared is not None:
-        state = dict(strategy.shared.tensors)
+    server = training.server
+    if server.shared is not None:
+        state = dict(server.shared.tensors)
     else:
         state = training.client_tensors(0)
     cut = len(training.client(0).setup.module)
-    for name, tensor in strategy.server.module.state_dict().items():
+    for name, tensor in server.half.module.state_dict().items():
         unit, rest = name.split(".", 1)
         state[f"{int(unit) + cut}.{rest}"] = tensor
     return state
@@ -136,15 +140,15 @@ def union_reference(
     strategy = training.strategy
     seed = derive_seed(int(strategy.settings["seed"]), "model")
     network = nn.Sequential(*model.build("plain_cnn", 10, 3, seed=seed))
-    optimizer = strategy.optimizer.make(list(network.parameters()))
+    optimizer = training.server.optimizer.make(list(network.parameters()))
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []
     for step in range(steps):
         batches = [
-            training.client(client.number).train_batch(_Place(1, step))
-            for client in strategy.clients
-            if step < client.train_steps
+            training.client(client.number).train_batch(Place(1, step))
+            for client in strategy.clients.clients
+            if step < training.server.train_steps(client)
         ]
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         loss = functional.cross_entropy(network(images), labels)
@@ -158,8 +162,9 @@ def union_reference(
 def test_ten_unequal_clients_equal_the_union_batch(plain_cnn: None) -> None:
     overrides = (*TEN, "client_sync=step", "batch_size=6", "optimizer.lr=0.05")
     training = train(*overrides)
-    counts = [client.train_steps for client in training.strategy.clients]
-    sizes = [client.train_samples for client in training.strategy.clients]
+    clients = training.strategy.clients.clients
+    counts = [training.server.train_steps(client) for client in clients]
+    sizes = [client.train_samples for client in clients]
     assert len(training.losses) == max(counts) >= 20
     assert len(set(sizes)) > 5
     losses, weights = union_reference(training, max(counts), 0.05)
@@ -195,18 +200,25 @@ def test_lost_graphs_are_rebuilt_without_a_trace(
 ) -> None:
     overrides = ("rounds=2", "clients=3", "dataset.limit=100", *options)
     undisturbed = train(*overrides)
-    take = client_app.Client.take_graph
+    take, clients = GraphCache.take, {}
+    of = Client.of
 
-    def lose(client: client_app.Client, place: _Place) -> Any:
-        half = take(client, place)
-        # What a client of another process finds: its state, pickled.
-        state = client.context.state
+    def remember(context: Any) -> Client:
+        client = of(context)
+        clients[client.number] = client
+        return client
+
+    def lose(cache: GraphCache, run_id: int, number: int, place: Place) -> Any:
+        network = take(cache, run_id, number, place)
+        # A client of another process has its pickled state alone.
+        state = clients[number].context.state
         for name, record in state.array_records.items():
             for key, array in record.items():
                 state[name][key] = pickle.loads(pickle.dumps(array))
-        return half if client.number == 1 else None
+        return network if number == 1 else None
 
-    monkeypatch.setattr(client_app.Client, "take_graph", lose)
+    monkeypatch.setattr(Client, "of", remember)
+    monkeypatch.setattr(GraphCache, "take", lose)
     disturbed = train(*overrides)
     assert disturbed.losses == undisturbed.losses
     rows, others = untimed(disturbed.rows), untimed(undisturbed.rows)
@@ -223,18 +235,20 @@ def test_clients_stay_apart_under_never() -> None:
 
 def test_state_of_a_client_under_step_is_dropped_between_steps() -> None:
     training = train("rounds=1", "clients=2", "dataset.limit=60", "client_sync=step")
-    strategy, grid = training.strategy, training.grid
-    strategy.run_step(grid, strategy.clients, 0)
-    assert all("half" not in context.state for context in grid.contexts.values())
+    clients = training.strategy.clients
+    round_ = Round(2, 0.1, clients.clients, clients)
+    training.server.run_step(round_, 0)
+    contexts = training.grid.contexts.values()
+    assert all("model" not in context.state for context in contexts)
 
 
 def test_fraction_samples_clients_by_round() -> None:
     training = prepare(settings_of("fraction=0.3"))
-    drawn = [[c.number for c in training.strategy.sample(r)] for r in range(1, 20)]
+    drawn = [[c.number for c in training.strategy.clients.sample(r)] for r in range(1, 20)]
     assert all(len(set(numbers)) == 3 for numbers in drawn)
     assert len({tuple(numbers) for numbers in drawn}) > 5
     assert drawn == [
-        [c.number for c in training.strategy.sample(r)] for r in range(1, 20)
+        [c.number for c in training.strategy.clients.sample(r)] for r in range(1, 20)
     ]
     training = train("fraction=0.3", "rounds=2", "dataset.limit=300")
     assert 70 <= training.rows[0]["samples"] <= 100
@@ -251,7 +265,7 @@ def test_gradients_can_be_compressed(name: str) -> None:
         "gradient_compressor.bits=8",
     )
     gradient = training.rows[0]["bytes"]["training"]["down"]["gradient"]
-    activation = training.strategy.ledger.total.dense("activation", phase="training")
+    activation = training.traffic.dense("activation", phase="training")
     assert activation / 4 < gradient < activation / 4 + 4 * 64
 
 
@@ -275,7 +289,7 @@ def test_gradients_at_all_positions_are_whole_gradients(name: str, sync: str) ->
     for number in range(3):
         ours, theirs = (run.client_tensors(number) for run in (kept, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    ours, theirs = (run.strategy.server.module.state_dict() for run in (kept, whole))
+    ours, theirs = (run.server.half.module.state_dict() for run in (kept, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -302,16 +316,17 @@ def test_gradients_at_kept_positions_are_masked_gradients(
             frames["last"] = frame
         return frame
 
-    forward, backward = client_app.forward, halves.ClientHalf.backward
+    handlers = split_client.HANDLERS
+    forward, backward = handlers["train.forward"], LocalNetwork.backward
     masks: dict[int, torch.Tensor] = {}
 
-    def forward_and_mask(client: client_app.Client, content: Any) -> Any:
+    def forward_and_mask(client: Client, content: Any) -> Any:
         reply = forward(client, content)
         frame = frames["last"]
         mask = torch.zeros(decode(frame).shape)
         mask.view(-1)[compress.kept_positions(frame)] = 1
-        half = client_app._graphs.halves[client.number]
-        masks[id(half)] = mask
+        _, network = GRAPHS.networks[client.number]
+        masks[id(network)] = mask
         return reply
 
     def masked(self: Any, gradient: torch.Tensor, positions: None) -> Any:
@@ -319,8 +334,8 @@ def test_gradients_at_kept_positions_are_masked_gradients(
         return backward(self, gradient * masks[id(self)])
 
     monkeypatch.setattr(compress.Compressor, "encode", encode_and_keep)
-    monkeypatch.setattr(client_app, "forward", forward_and_mask)
-    monkeypatch.setattr(halves.ClientHalf, "backward", masked)
+    monkeypatch.setitem(handlers, "train.forward", forward_and_mask)
+    monkeypatch.setattr(LocalNetwork, "backward", masked)
     reference = train(*SMALL, *options)
     assert masks
     assert kept.losses == reference.losses
@@ -337,22 +352,13 @@ def test_the_paper_s_bits_on_real_cifar(data_root: Path) -> None:
         "dataset.test_limit=52",
         "clients=2",
     )
-    traffic = training.strategy.ledger.total
+    traffic = training.traffic
     sent, dense = traffic.bytes("activation"), traffic.dense("activation")
     assert dense == 4 * (104 + 52) * 64 * 16 * 16
     assert 32 * sent / dense == pytest.approx(2.32, abs=2e-3)
 
 
-# --- the pure parts -------------------------------------------------------------------
-
-
-def test_average() -> None:
-    one = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
-    two = {"w": torch.tensor([5.0, 2.0]), "n": torch.tensor(7)}
-    mean = halves.average([one, two], [1, 3])
-    assert torch.equal(mean["w"], torch.tensor([4.0, 2.0]))
-    assert int(mean["n"]) == 7
-    assert halves.average([one], [5])["w"] is one["w"]
+# --- the halves -----------------------------------------------------------------
 
 
 def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
@@ -365,55 +371,11 @@ def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
         own = activation.clone().requires_grad_(True)
         functional.cross_entropy(module(own), labels[-1]).backward()
         expected.append(own.grad)
-    server = halves.ServerHalf(module, OptimizerConfig(), threads=1)
-    step = server.step(activations, labels, lr=0.1, seed=0)
+    server = ServerHalf(module, OptimizerConfig(), threads=1)
+    _, gradients = server.step(activations, labels, lr=0.1, seed=0)
     assert not activations, "their memory is free during the step"
-    for ours, own in zip(step.gradients, expected, strict=True):
+    for ours, own in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, own)
-
-
-def test_schedules() -> None:
-    def factors(rounds: int, **options: Any) -> list[float]:
-        schedule = ScheduleConfig(**options)
-        return [schedule.factor(r, rounds) for r in range(1, rounds + 1)]
-
-    assert factors(3) == [1, 1, 1]
-    assert factors(4, name="cosine") == pytest.approx(
-        [1, 0.853553, 0.5, 0.146447], abs=1e-6
-    )
-    steps = factors(5, name="multistep", milestones=(2, 4), gamma=0.2)
-    assert steps == pytest.approx([1, 1, 0.2, 0.2, 0.04])
-    assert factors(4, name="step", every=2) == pytest.approx([1, 1, 0.1, 0.1])
-    parameter = torch.zeros(1, requires_grad=True)
-    optimizer = OptimizerConfig(lr=0.3).make([parameter])
-    torch_cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
-    for factor in factors(9, name="cosine"):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * factor)
-        optimizer.step()
-        torch_cosine.step()
-
-
-def test_gradient_of_a_wrong_shape_is_refused() -> None:
-    module = nn.Linear(4, 3)
-    half = halves.ClientHalf(
-        module, {n: p.detach() for n, p in module.named_parameters()}, {}, 1
-    )
-    half.forward(torch.randn(2, 4), seed=0)
-    with pytest.raises(ValueError, match=r"shape \(1, 3\) .* shape \(2, 3\)"):
-        half.backward(torch.randn(1, 3))
-    half.forward(torch.randn(2, 4), seed=0)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\) .* expected \(4,\)"):
-        half.backward(torch.randn(2, 3), torch.arange(4))
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    state = torch.random.get_rng_state()
-    with halves.compute(before + 1, torch.device("cpu"), 3):
-        assert torch.get_num_threads() == before + 1
-        torch.rand(3)
-    assert torch.get_num_threads() == before
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_toy_data_needs_no_partition_of_its_own() -> None:

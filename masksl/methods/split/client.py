@@ -1,0 +1,237 @@
+"""The client side of split learning."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import RecordDict
+from torch import nn
+
+from masksl import model
+from masksl.compress import decode, kept_positions
+from masksl.dataset import DATASETS
+from masksl.methods.client import MODEL, MOMENTUM, Client, ClientMethod, Place, place_of
+from masksl.methods.split import SplitConfig
+from masksl.methods.split.messages import (
+    ACTIVATION,
+    BACKWARD,
+    EVALUATE,
+    FORWARD,
+    GRADIENT,
+    LABEL,
+    label_record,
+)
+from masksl.runtime import messages
+from masksl.settings import Settings, parse
+from masksl.training.network import LocalNetwork
+from masksl.training.tensors import Tensors
+
+_SENT = "sent"  # record of the frame whose positions its gradient is sent at
+
+
+@dataclass
+class GraphCache:
+    """Networks between forward and backward, with their graphs.
+
+    A client whose graph is not here rebuilds it from its state. Graphs of other runs,
+    and of earlier rounds, are dropped.
+
+    Attributes
+    ----------
+    networks : dict[int, tuple[Place, LocalNetwork]]
+        Place and network by client.
+    """
+
+    run_id: int = 0
+    networks: dict[int, tuple[Place, LocalNetwork]] = field(default_factory=dict)
+
+    def put(
+        self, run_id: int, client: int, place: Place, network: LocalNetwork, most: float
+    ) -> None:
+        """Keep a network, unless there are as many as allowed of this step.
+
+        Parameters
+        ----------
+        run_id : int
+            Flower's id of the run.
+        client : int
+            Partition of the client.
+        place : Place
+            Round and step.
+        network : LocalNetwork
+            Network that holds the graph.
+        most : float
+            Number of networks to keep at most.
+        """
+        self.networks = {
+            number: entry
+            for number, entry in self.networks.items()
+            if self.run_id == run_id and entry[0].round == place.round
+        }
+        self.run_id = run_id
+        self.networks.pop(client, None)
+        if len(self.networks) >= most:  # graphs of clients that failed meanwhile
+            self.networks = {n: e for n, e in self.networks.items() if e[0] == place}
+        if len(self.networks) < most:
+            self.networks[client] = place, network
+
+    def take(self, run_id: int, client: int, place: Place) -> LocalNetwork | None:
+        """Remove and return the network of a step, None if it is not here."""
+        at, network = self.networks.get(client, (None, None))
+        if self.run_id != run_id or at != place:
+            return None
+        del self.networks[client]
+        return network
+
+
+GRAPHS = GraphCache()
+"""Graphs of the clients of this process."""
+
+
+def forward(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `train.forward`: the activation of the next mini-batch."""
+    place = place_of(content)
+    shared = _is_shared(client)
+    client.receive(content, shared=shared)
+    with client.watch("compute"):
+        network = client.network(shared=shared)
+        activation, labels = run_forward(client, network, place)
+    run_id = client.context.run_id
+    GRAPHS.put(run_id, client.number, place, network, _graphs_kept(client))
+    with client.watch("codec"):
+        frame = client.setup.compressor.encode(
+            activation, seed=client.seed("compress", place), training=True
+        )
+    if _config(client).gradient_positions == "kept":
+        client.context.state[_SENT] = messages.frame_record(frame)
+    reply = _activation_reply(client, frame, labels)
+    more = {}
+    if place.step == 0:
+        decoded = decode(frame, device=activation.device)
+        more["relative_error"] = relative_error(activation, decoded)
+    reply[messages.METRICS] = client.metrics(**more)
+    return reply
+
+
+def backward(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `train.backward`: back-propagate, then step or send gradients up."""
+    place = place_of(content)
+    sync = _config(client).client_sync
+    with client.watch("codec"):
+        frame = messages.frame_of(content, GRADIENT)
+        gradient = decode(frame, device=client.setup.device)
+        positions = _gradient_positions(client)
+    with client.watch("compute"):
+        network = GRAPHS.take(client.context.run_id, client.number, place)
+        rebuilt = network is None
+        if network is None:
+            network = client.network(shared=_is_shared(client))
+            run_forward(client, network, place)
+        gradients = network.backward(gradient, positions)
+    sent: Tensors | None = None
+    if sync == "step":
+        sent = gradients | network.buffers
+        client.state.pop(MODEL, None)  # the next message brings a new one
+    else:
+        settings = messages.place_of(content)
+        with client.watch("compute"):
+            network.step(gradients, client.setup.optimizer, settings["lr"])
+        client.remember(network)
+        if sync == "round" and settings["last"]:
+            sent = network.tensors
+    reply = RecordDict()
+    if sent is not None:
+        with client.watch("codec"):
+            reply[messages.MODEL] = messages.model_record(sent)
+    reply[messages.METRICS] = client.metrics(rebuilt=int(rebuilt))
+    return reply
+
+
+def evaluate(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `evaluate.forward`: the activation of a batch of test images."""
+    place = place_of(content)
+    shared = _is_shared(client)
+    client.receive(content, shared=shared)
+    with client.watch("compute"):
+        images, labels = client.test_batch(place.step)
+        activation = client.network(shared=shared).evaluate(images)
+    with client.watch("codec"):
+        frame = client.setup.compressor.encode(
+            activation, seed=client.seed("compress.test", place), training=False
+        )
+    reply = _activation_reply(client, frame, labels)
+    reply[messages.METRICS] = client.metrics()
+    return reply
+
+
+def run_forward(
+    client: Client, network: LocalNetwork, place: Place
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the activation and the labels of a step."""
+    images, labels = client.train_batch(place)
+    seed = client.seed("dropout.client", place)
+    return network.forward(images, seed=seed), labels
+
+
+def relative_error(tensor: torch.Tensor, decoded: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of the tensor, 0 for zeros."""
+    norm = float(tensor.double().norm())
+    return float((decoded.double() - tensor.double()).norm()) / norm if norm else 0.0
+
+
+def client_half(settings: Settings, units: model.Units) -> nn.Module:
+    """Return the units before the cut."""
+    cut = model.resolve_cut(str(settings["model.name"]), settings["cut"])
+    return model.split(units, cut)[0]
+
+
+def own_state(settings: Settings) -> Collection[str]:
+    """Return the names of what only the client knows under a ``client_sync``."""
+    sync = settings["client_sync"]
+    if sync == "step":
+        return ()  # half and momentum are the server's
+    momentum = [MOMENTUM] if settings["optimizer.momentum"] else []
+    return [*momentum, MODEL] if sync == "never" else momentum
+
+
+HANDLERS = {FORWARD: forward, BACKWARD: backward, EVALUATE: evaluate}
+
+CLIENT = ClientMethod(client_half, HANDLERS, own_state)
+
+
+def _config(client: Client) -> SplitConfig:
+    config = client.setup.config
+    assert isinstance(config, SplitConfig)
+    return config
+
+
+def _is_shared(client: Client) -> bool:
+    """Return whether clients of a process share the tensors of their half."""
+    return _config(client).client_sync == "step"
+
+
+def _graphs_kept(client: Client) -> float:
+    """Return how many graphs a process keeps at most."""
+    value = client.setup.settings.get("engine.clients_in_flight", "null")
+    return parse(value, int | None) or math.inf
+
+
+def _gradient_positions(client: Client) -> torch.Tensor | None:
+    """Return the positions that its gradient is sent at, None if all."""
+    if _config(client).gradient_positions == "all":
+        return None
+    frame = messages.frame_of(client.context.state, _SENT)
+    return kept_positions(frame, device=client.setup.device)
+
+
+def _activation_reply(
+    client: Client, frame: bytes, labels: torch.Tensor
+) -> RecordDict:
+    classes = DATASETS[client.setup.dataset.name].classes
+    return RecordDict(
+        {
+            ACTIVATION: messages.frame_record(frame),
+            LABEL: label_record(labels, classes),
+        }
+    )

@@ -1,0 +1,419 @@
+"""The server side of split learning, protocol ``parallel``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import nn
+
+from masksl import model
+from masksl.compress import Compressor, FrameError, decode, kept_positions
+from masksl.dataset import DATASETS, Spec, batches
+from masksl.methods import method_config
+from masksl.methods.base import ServerMethod, State
+from masksl.methods.global_model import GlobalModel
+from masksl.methods.split import SplitConfig
+from masksl.methods.split.halves import ServerHalf
+from masksl.methods.split.messages import (
+    ACTIVATION,
+    BACKWARD,
+    EVALUATE,
+    FORWARD,
+    GRADIENT,
+    labels_of,
+)
+from masksl.runtime import messages
+from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
+from masksl.runtime.compressors import compressor_of
+from masksl.runtime.ledger import Traffic, compression_factor
+from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.round import Round
+from masksl.settings import RunConfig, Settings, ThreadsConfig, read
+from masksl.training.compute import ComputeConfig, resolve_device
+from masksl.training.optimizer import OptimizerConfig
+from masksl.training.score import Score
+from masksl.training.tensors import Tensors, average, group, grouped, tensors_of
+from masksl.utils import derive_seed
+
+
+@dataclass
+class _Sums:
+    """What a round collects beside the loss."""
+
+    rebuilt: int = 0
+    errors: list[float] = field(default_factory=list)
+    halves: dict[int, Tensors] = field(default_factory=dict)
+
+
+class SplitServer(ServerMethod):
+    """Split learning, protocol ``parallel``.
+
+    In a step every participating client sends the activation of its next mini-batch,
+    the server half takes one optimiser step on all of them together, and each client
+    gets the gradient of its own mean loss. A round is one pass of every participating
+    client over its data.
+
+    Parameters
+    ----------
+    settings : Settings
+        Configuration of the run.
+    half : ServerHalf
+        The half that the server trains.
+    shared : GlobalModel | None
+        The initial client half; None under ``client_sync=never``.
+    activation_shape : tuple[int, ...]
+        Shape of a sample's activation.
+    """
+
+    labels: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "compression_factor": ("compression factor of activations", ".2f"),
+        "bits_per_element": ("bits an activation element", ".3f"),
+        "relative_error": ("relative error, last round", ".4f"),
+    }
+
+    def __init__(
+        self,
+        settings: Settings,
+        half: ServerHalf,
+        shared: GlobalModel | None,
+        activation_shape: tuple[int, ...],
+    ) -> None:
+        config = method_config(settings)
+        assert isinstance(config, SplitConfig)
+        self.config = config
+        self.half = half
+        self.shared = shared
+        self.run = RunConfig.of(settings)
+        self.optimizer = read(OptimizerConfig, settings, "optimizer")
+        self.gradient_compressor: Compressor = compressor_of(
+            settings, "gradient_compressor"
+        )
+        self._activation_shape = torch.Size(activation_shape)
+        self._classes = DATASETS[str(settings["dataset.name"])].classes
+        self._labels = {
+            slot: f"{slot} {settings[f'{slot}.name']}"
+            for slot in ("compressor", "gradient_compressor")
+        }
+        self._sums = _Sums()
+
+    @classmethod
+    def build(cls, settings: Settings, clients: ClientManager) -> Self:
+        """Build both halves from the seed."""
+        del clients
+        run = RunConfig.of(settings)
+        client, server = model.split(*_units(settings, derive_seed(run.seed, "model")))
+        device = resolve_device(run.device)
+        client.to(device)
+        shared = None
+        if settings["client_sync"] != "never":
+            parameters = [name for name, _ in client.named_parameters()]
+            shared = GlobalModel(tensors_of(client), parameters)
+        half = ServerHalf(
+            server.to(device),
+            read(OptimizerConfig, settings, "optimizer"),
+            read(ThreadsConfig, settings, "threads").server,
+            read(ComputeConfig, settings, "compute"),
+        )
+        spec = _spec(settings)
+        shape = model.activation_shape(client, spec.channels, spec.size, device)
+        return cls(settings, half, shared, shape)
+
+    # --- training ---------------------------------------------------------------------
+
+    def train_steps(self, client: ClientInfo) -> int:
+        """Return the mini-batches of a client's pass over its data."""
+        return len(batches(client.train_samples, self.run.batch_size))
+
+    def test_steps(self, client: ClientInfo) -> int:
+        """Return the batches of a client's shard of the test set."""
+        return -(-client.test_samples // self.run.eval_batch_size)
+
+    def steps(self, round_: Round) -> int:
+        """Begin a round; it has as many steps as its longest client."""
+        self._sums = _Sums()
+        return max(map(self.train_steps, round_.clients))
+
+    def run_step(self, round_: Round, step: int) -> float | None:
+        """Run one step with the clients that have a mini-batch left."""
+        remaining = [c for c in round_.clients if step < self.train_steps(c)]
+        clients = round_.active(remaining)
+        sent = {c.number: self._request(round_, c, step) for c in clients}
+        for client in clients:
+            self._attach_model(round_, client, sent[client.number], step)
+        label = self._labels["compressor"]
+        replies = round_.exchange(FORWARD, sent, step=step, label=label)
+        clients = [c for c in clients if c.number in replies]
+        if not clients:
+            return None
+        gradients, loss = self._train_half(round_, clients, replies, step)
+        sizes = {c.number: len(g) for c, g in zip(clients, gradients, strict=True)}
+        full = {
+            c.number: {GRADIENT: g.numel()}
+            for c, g in zip(clients, gradients, strict=True)
+        }
+        if self.config.gradient_positions == "kept":
+            gradients = self._at_kept(round_, clients, gradients, replies, step)
+        sent = self._gradient_messages(round_, clients, gradients, step)
+        del gradients  # as large as all frames of `none` together
+        if not math.isfinite(loss):
+            raise RunError(f"{round_.place(step)}: loss not finite")
+        label = self._labels["gradient_compressor"]
+        replies = round_.exchange(BACKWARD, sent, step=step, label=label, full=full)
+        self._collect(round_, replies, sizes, step)
+        return loss
+
+    def finish(self, round_: Round) -> None:
+        """Average the halves sent up in a round, weighted by samples."""
+        halves = dict(sorted(self._sums.halves.items()))
+        if halves and self.shared is not None:
+            weights = [round_.manager.clients[n].train_samples for n in halves]
+            self.shared.replace(average(list(halves.values()), weights))
+
+    def _request(self, round_: Round, client: ClientInfo, step: int) -> RecordDict:
+        """Return a message with its place in the run."""
+        place: dict[str, Any] = {
+            "round": round_.number,
+            "step": step,
+            "lr": round_.lr,
+            "last": step == self.train_steps(client) - 1,
+        }
+        return RecordDict({messages.PLACE: ConfigRecord(place)})
+
+    def _attach_model(
+        self, round_: Round, client: ClientInfo, content: RecordDict, step: int
+    ) -> None:
+        """Add the shared half to a message if the client lacks this version."""
+        if self.shared is not None:
+            place = round_.place(step, label="client half")
+            with ends_run(place), round_.watch("codec"):
+                self.shared.attach(content, client)
+
+    def _train_half(
+        self,
+        round_: Round,
+        clients: Sequence[ClientInfo],
+        replies: Mapping[int, RecordDict],
+        step: int,
+    ) -> tuple[list[torch.Tensor], float]:
+        """Take the server half's step on all replies; return gradients and loss."""
+        activations, labels = [], []
+        for client in clients:
+            content = replies[client.number]
+            activation, own_labels = self._decode(round_, client, content, step)
+            activations.append(activation)
+            labels.append(own_labels)
+            metrics = metrics_of(content)
+            if "relative_error" in metrics:
+                self._sums.errors.append(metrics["relative_error"])
+        seed = round_.seed("dropout.server", step=step)
+        with round_.watch("server"):
+            loss, gradients = self.half.step(
+                activations, labels, lr=round_.lr, seed=seed
+            )
+        round_.add_loss(loss, sum(map(len, labels)))
+        return gradients, loss
+
+    def _decode(
+        self, round_: Round, client: ClientInfo, content: RecordDict, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the activation and the labels of a reply."""
+        with ends_run(round_.place(step, client.number, self._labels["compressor"])):
+            frame = messages.frame_of(content, ACTIVATION)
+            with round_.watch("codec"):
+                activation = decode(frame, device=self.half.device)
+            expected = self._activation_shape
+            if activation.shape[1:] != expected or activation.dtype != torch.float32:
+                sizes = ", ".join(map(str, expected))
+                raise FrameError(
+                    f"activation of shape {tuple(activation.shape)}, "
+                    f"{activation.dtype}, expected (n, {sizes}), float32"
+                )
+            labels = labels_of(content, self._classes, len(activation))
+            return activation, labels.to(self.half.device)
+
+    def _at_kept(
+        self,
+        round_: Round,
+        clients: Sequence[ClientInfo],
+        gradients: Sequence[torch.Tensor],
+        replies: Mapping[int, RecordDict],
+        step: int,
+    ) -> list[torch.Tensor]:
+        """Return each gradient, shape (k,), at the positions kept by its activation."""
+        selected = []
+        for client, gradient in zip(clients, gradients, strict=True):
+            label = self._labels["compressor"]
+            with ends_run(round_.place(step, client.number, label)):
+                frame = messages.frame_of(replies[client.number], ACTIVATION)
+                positions = kept_positions(frame, device=gradient.device)
+            selected.append(gradient.flatten()[positions])
+        return selected
+
+    def _gradient_messages(
+        self,
+        round_: Round,
+        clients: Sequence[ClientInfo],
+        gradients: Sequence[torch.Tensor],
+        step: int,
+    ) -> dict[int, RecordDict]:
+        """Return the message of each client with its gradient."""
+        sent = {}
+        for client, gradient in zip(clients, gradients, strict=True):
+            content = self._request(round_, client, step)
+            label = self._labels["gradient_compressor"]
+            with ends_run(round_.place(step, client.number, label)):
+                seed = round_.seed("compress.gradient", client.number, step)
+                with round_.watch("codec"):
+                    frame = self.gradient_compressor.encode(gradient, seed=seed)
+            content[GRADIENT] = messages.frame_record(frame)
+            sent[client.number] = content
+        return sent
+
+    def _collect(
+        self,
+        round_: Round,
+        replies: Mapping[int, RecordDict],
+        sizes: Mapping[int, int],
+        step: int,
+    ) -> None:
+        """Collect what clients sent up with their replies to `train.backward`.
+
+        Parameters
+        ----------
+        round_ : Round
+            The current round.
+        replies : Mapping[int, RecordDict]
+            Replies by client.
+        sizes : Mapping[int, int]
+            Samples of this step by client.
+        step : int
+            Step within the round.
+        """
+        received: dict[int, Tensors] = {}
+        for number, content in replies.items():
+            self._sums.rebuilt += metrics_of(content)["rebuilt"]
+            if self.shared is None:
+                continue
+            place = round_.place(step, number, "client half")
+            with ends_run(place), round_.watch("codec"):
+                half = messages.model_of(content, self.shared.tensors)
+            if half is not None:
+                received[number] = half
+        if self.config.client_sync == "round":
+            self._sums.halves |= received
+        elif received and self.shared is not None:
+            samples = [sizes[number] for number in received]
+            mean = average(list(received.values()), samples)
+            self.shared.step(mean, self.optimizer, round_.lr)
+
+    # --- evaluation -------------------------------------------------------------------
+
+    def evaluate(self, round_: Round) -> Score:
+        """Score the test set; each client sends its shard through its half."""
+        score = Score()
+        every = round_.manager.clients
+        for step in range(max(map(self.test_steps, every))):
+            remaining = [c for c in every if step < self.test_steps(c)]
+            score += self._evaluate_step(round_, remaining, step)
+            if not math.isfinite(score.loss):
+                place = f"round {round_.number}, evaluation {step}"
+                raise RunError(f"{place}: loss not finite")
+        return score
+
+    def _evaluate_step(
+        self, round_: Round, clients: Sequence[ClientInfo], step: int
+    ) -> Score:
+        """Score one batch of test images of each active client."""
+        clients = round_.active(clients, EVALUATION)
+        sent = {c.number: self._request(round_, c, step) for c in clients}
+        for client in clients:
+            self._attach_model(round_, client, sent[client.number], step)
+        label = self._labels["compressor"]
+        replies = round_.exchange(EVALUATE, sent, step=step, label=label)
+        score = Score()
+        for number, content in replies.items():
+            client = round_.manager.clients[number]
+            activation, labels = self._decode(round_, client, content, step)
+            with round_.watch("server"):
+                score += self.half.evaluate(activation, labels)
+        return score
+
+    # --- state and results ------------------------------------------------------------
+
+    def state(self) -> State:
+        """Return copies of the halves and their momentum."""
+        tensors, momentum = self.half.state()
+        groups = {"server": tensors, "server.momentum": momentum}
+        facts = {}
+        if self.shared is not None:
+            groups |= self.shared.state()
+            facts["version"] = self.shared.version
+        return State(grouped(groups), facts)
+
+    def load(self, state: State) -> None:
+        """Restore what `state` returned."""
+        self.half.load(
+            group(state.tensors, "server"), group(state.tensors, "server.momentum")
+        )
+        if self.shared is not None:
+            self.shared.load(state.tensors, state.facts["version"])
+
+    def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
+        """Return the shared half for a client that had its current version."""
+        if self.shared is None or client.version != self.shared.version:
+            return {}
+        return {messages.MODEL: self.shared.record()}
+
+    def metrics(self, round_: Round) -> dict[str, Any]:
+        """Return the error and compression of activations, and rebuilt graphs."""
+        traffic, errors = round_.manager.ledger.round, self._sums.errors
+        return {
+            "relative_error": sum(errors) / len(errors) if errors else None,
+            "compression_factor": compression_factor(
+                traffic.dense(ACTIVATION), traffic.bytes(ACTIVATION)
+            ),
+            "rebuilt_graphs": self._sums.rebuilt,
+        }
+
+    def summary(
+        self, rows: Sequence[Mapping[str, Any]], traffic: Traffic
+    ) -> dict[str, Any]:
+        """Return the traffic of activations over the whole run."""
+        sent, dense = traffic.bytes(ACTIVATION), traffic.dense(ACTIVATION)
+        return {
+            "paper_bytes": traffic.bytes(ACTIVATION, "up"),
+            "compression_factor": compression_factor(dense, sent),
+            "bits_per_element": 32 * sent / dense,
+            "relative_error": rows[-1]["relative_error"],
+        }
+
+
+def network_of(tensors: Tensors, settings: Settings) -> nn.Sequential:
+    """Return the whole network of a checkpoint.
+
+    Parameters
+    ----------
+    tensors : dict[str, torch.Tensor]
+        Tensors of the checkpoint.
+    settings : Settings
+        Configuration of its run, with ``client_sync`` step or round.
+    """
+    units, cut = _units(settings, 0)
+    halves = model.split(units, cut)
+    for name, half in zip(("model", "server"), halves, strict=True):
+        half.load_state_dict(group(tensors, name))
+    return nn.Sequential(*units)
+
+
+def _spec(settings: Settings) -> Spec:
+    return DATASETS[str(settings["dataset.name"])]
+
+
+def _units(settings: Settings, seed: int) -> tuple[model.Units, int]:
+    """Return the units of a network with initial weights, and the cut."""
+    name, spec = str(settings["model.name"]), _spec(settings)
+    units = model.build(name, spec.classes, spec.channels, seed=seed)
+    return units, model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]

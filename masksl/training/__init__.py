@@ -1,0 +1,1 @@
+"""Training steps on tensors: no bytes, no messages."""

@@ -1,0 +1,144 @@
+"""A network, or a part of one, with tensors of its own."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from masksl.training.compute import ComputeConfig, compute
+from masksl.training.optimizer import OptimizerConfig, apply_gradients
+from masksl.training.tensors import Tensors
+
+
+class LocalNetwork:
+    """A part of a network with the weights of one client.
+
+    The module is a skeleton that many clients share. Weights, buffers and momentum are
+    tensors of this object alone, so that many of them can be between forward and
+    backward at the same time.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The layers, on the device of the tensors.
+    tensors : dict[str, torch.Tensor]
+        Every parameter and buffer of the module by its name. They are changed in
+        place: parameters by `step`, buffers by `forward`.
+    momentum : dict[str, torch.Tensor]
+        Momentum by the parameter's name; empty before the first step.
+    threads : int
+        Threads of the CPU kernels.
+    config : ComputeConfig
+        How it computes; ``compile`` is ignored.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Tensors,
+        momentum: Tensors,
+        threads: int,
+        config: ComputeConfig = ComputeConfig(),
+    ) -> None:
+        self._module = module
+        self._config = config
+        self._names = [name for name, _ in module.named_parameters()]
+        for name in self._names:
+            tensors[name].requires_grad_(True)
+        self.tensors = tensors
+        self.momentum = momentum
+        self._threads = threads
+        self._device = next(iter(tensors.values())).device
+        self._output: torch.Tensor | None = None
+
+    @property
+    def buffers(self) -> Tensors:
+        """Buffers (BatchNorm statistics) by name."""
+        names = set(self._names)
+        return {name: t for name, t in self.tensors.items() if name not in names}
+
+    def forward(self, images: torch.Tensor, *, seed: int) -> torch.Tensor:
+        """Return the output for a mini-batch and keep its graph for `backward`.
+
+        Parameters
+        ----------
+        images : torch.Tensor
+            float32, shape (B, C, H, W).
+        seed : int
+            Seed of dropout.
+
+        Returns
+        -------
+        torch.Tensor
+            float32, detached: the activation at the cut, or logits.
+        """
+        self._module.train()
+        with self._compute(seed):
+            self._output = self._run(images)
+        return self._output.detach()
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        images = self._config.laid_out(images)
+        with self._config.autocast(self._device):
+            output = functional_call(self._module, self.tensors, (images,))
+        return output.float()
+
+    def _compute(self, seed: int = 0) -> AbstractContextManager[None]:
+        return compute(self._threads, self._device, seed, self._config)
+
+    def backward(
+        self, gradient: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Tensors:
+        """Return the gradient of every parameter and free the graph.
+
+        Parameters
+        ----------
+        gradient : torch.Tensor
+            Loss gradient with respect to the output.
+        positions : torch.Tensor | None
+            int64, shape (k,): positions in the flat output, row-major, of the elements
+            of the gradient, then of shape (k,). At all others it is zero.
+
+        Raises
+        ------
+        ValueError
+            If its shape is not that of the output, or of the positions.
+        """
+        output, self._output = self._output, None
+        if output is None:
+            raise RuntimeError("backward without a forward before it")
+        expected = output.shape if positions is None else positions.shape
+        if gradient.shape != expected:
+            raise ValueError(
+                f"gradient of shape {tuple(gradient.shape)} for an activation of shape "
+                f"{tuple(output.shape)}, expected {tuple(expected)}"
+            )
+        if positions is not None:
+            given, gradient = gradient, gradient.new_zeros(output.shape)
+            gradient.view(-1)[positions] = given
+        parameters = [self.tensors[name] for name in self._names]
+        with self._compute():
+            gradients = torch.autograd.grad(output, parameters, gradient)
+        return dict(zip(self._names, gradients, strict=True))
+
+    def step(self, gradients: Tensors, config: OptimizerConfig, lr: float) -> None:
+        """Take one optimiser step.
+
+        Parameters
+        ----------
+        gradients : dict[str, torch.Tensor]
+            What `backward` returned.
+        config : OptimizerConfig
+            The optimiser. Its momentum stays with this network.
+        lr : float
+            Learning rate of this round.
+        """
+        with self._compute():
+            apply_gradients(self.tensors, gradients, self.momentum, config, lr)
+
+    def evaluate(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the output for images in evaluation mode; nothing changes."""
+        self._module.eval()
+        with torch.no_grad(), self._compute():
+            return self._run(images)

@@ -1,0 +1,73 @@
+"""Tensors by name."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+Tensors = dict[str, torch.Tensor]
+
+
+def tensors_of(module: nn.Module) -> Tensors:
+    """Return the parameters and buffers of a module by name, detached, not copied."""
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def copies(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Return detached copies of tensors by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def group(tensors: Mapping[str, torch.Tensor], name: str) -> Tensors:
+    """Return the tensors named ``name/...``, without that prefix."""
+    start = name + "/"
+    return {
+        key.removeprefix(start): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(start)
+    }
+
+
+def grouped(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> Tensors:
+    """Return the tensors of several groups, named ``group/name``."""
+    return {
+        f"{name}/{key}": tensor
+        for name, members in groups.items()
+        for key, tensor in members.items()
+    }
+
+
+def average(
+    models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[int]
+) -> Tensors:
+    """Average tensors by name over clients.
+
+    Parameters
+    ----------
+    models : Sequence[Mapping[str, torch.Tensor]]
+        For each client its tensors (weights, gradients, buffers), all of one shape.
+    weights : Sequence[int]
+        Samples of each client.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        The weighted mean of floating tensors. The maximum of integer ones (BatchNorm's
+        ``num_batches_tracked``). The average of one client is that client's tensors
+        themselves, untouched.
+    """
+    if len(models) == 1:
+        return dict(models[0])
+    total = sum(weights)
+    averaged: Tensors = {}
+    for name, first in models[0].items():
+        tensors = [model[name] for model in models]
+        if first.is_floating_point():
+            mean = torch.zeros_like(first)
+            for tensor, weight in zip(tensors, weights, strict=True):
+                mean.add_(tensor, alpha=weight / total)
+            averaged[name] = mean
+        else:
+            averaged[name] = torch.stack(tensors).amax(dim=0)
+    return averaged

@@ -1,0 +1,122 @@
+"""Options of the engines: defaults, ranges, pins."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from masksl.engine.options import (
+    ENGINES,
+    FlowerOptions,
+    LocalOptions,
+    Pin,
+    Processes,
+    RayOptions,
+)
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf/engine"
+
+
+def test_every_engine_has_options_a_module_and_a_file() -> None:
+    assert list(ENGINES) == ["flower", "local", "ray"]
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(ENGINES)
+    for name in ENGINES:
+        assert Path(ROOT, "masksl/engine", f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_defaults_are_those_of_the_configuration(name: str) -> None:
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    assert ENGINES[name]().model_dump() == yaml.safe_load(text)
+    assert list(ENGINES[name].model_fields) == list(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"name": "flower"}, "name"),
+        ({"hosts": 0}, "hosts"),
+        ({"hosts": True}, "hosts"),
+        ({"hosts": 2.0}, "hosts"),
+        ({"cpus_per_host": -1}, "cpus_per_host"),
+        ({"cpus_per_host": float("inf")}, "cpus_per_host"),
+        ({"cpus_per_host": True}, "cpus_per_host"),
+        ({"gpu_memory_fraction": 0}, "gpu_memory_fraction"),
+        ({"gpu_memory_fraction": 1.1}, "gpu_memory_fraction"),
+        ({"clients_in_flight": 0}, "clients_in_flight"),
+        ({"address": 6379}, "address"),
+        ({"max_restarts": -1}, "max_restarts"),
+        ({"pin": "alice 0-4"}, "pin"),
+        ({"pin": ("alice",)}, "pin"),
+        ({"pin": ("alice 0-4 key",)}, "pin"),
+        ({"pin": ("alice 0-4", 5)}, "pin"),
+        ({"cpus_per_client": 1.0}, "cpus_per_client"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RayOptions(**options)
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+@pytest.mark.parametrize("cpus", [0, 0.0, -1.0])
+def test_clients_of_the_simulation_need_cpus(cpus: float) -> None:
+    with pytest.raises(ValidationError):
+        FlowerOptions(cpus_per_client=cpus)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    options = RayOptions(cpus_per_host=0, gpus_per_host=1, gpu_memory_fraction=1)
+    assert (options.cpus_per_host, options.gpus_per_host) == (0.0, 1.0)
+
+
+def test_pins_are_parsed() -> None:
+    assert Pin.parse("bob 3") == Pin("bob", range(3, 4), {})
+    entry = "alice 0-2 dataset-root=/srv/a=b x=1"
+    config = {"dataset-root": "/srv/a=b", "x": "1"}
+    assert Pin.parse(entry) == Pin("alice", range(3), config)
+    with pytest.raises(ValueError, match="'alice': must be RESOURCE FIRST-LAST"):
+        Pin.parse("alice")
+    assert RayOptions().pins == []
+
+
+@pytest.mark.parametrize("pin", [None, (), ("a 2-4", "b 0-1"), ("a 0-3", "b 4")])
+def test_pins_may_name_each_partition_once(pin: tuple[str, ...] | None) -> None:
+    RayOptions(pin=pin).check_pins(5)
+
+
+@pytest.mark.parametrize("pin", [("a 0-3",), ("a 0-4", "b 4"), ("a 0-5",)])
+def test_pins_must_name_each_partition_once(pin: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="name each partition from 0 to 4 once"):
+        RayOptions(pin=pin).check_pins(5)
+
+
+def test_processes_of_this_machine_are_counted() -> None:
+    assert LocalOptions().processes() is None
+    flower = FlowerOptions(cpus_per_client=2.0, gpus_per_client=0.5)
+    assert flower.processes() == Processes("client", 1, 2.0, 0.5)
+    ray = RayOptions(hosts=3, gpus_per_host=0.25)
+    assert ray.processes() == Processes("host", 3, 1.0, 0.25)
+    assert RayOptions(address="auto").processes() is None
+
+
+def test_options_load_neither_flower_nor_ray() -> None:
+    script = (
+        "import sys, masksl.engine.options\n"
+        "loaded = {'flwr', 'ray', 'grpc', 'torch', 'hydra'} & sys.modules.keys()\n"
+        "assert not loaded, loaded\n"
+        "ours = {name for name in sys.modules if name.startswith('masksl.')}\n"
+        "assert ours == {'masksl.engine', 'masksl.engine.options'}, ours\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        **{"cwd": ROOT, "capture_output": True, "text": True},
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
