@@ -21,6 +21,7 @@ from masksl.methods import method_config, method_of
 from masksl.runtime.compressors import compressor_of
 from masksl.runtime.ledger import Link
 from masksl.settings import (
+    PLUGINS,
     CheckpointConfig,
     ConfigError,
     RunConfig,
@@ -38,6 +39,7 @@ from masksl.training.compute import ComputeConfig
 from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
 
 class ModelConfig(Section):
     """The network.
@@ -148,7 +150,7 @@ def check(settings: Mapping[str, Value]) -> None:
         On the first key that is missing or has a value that is not allowed.
     """
     _check_plugins(settings)
-    sections = {prefix: read(SECTIONS[prefix], settings, prefix) for prefix in SECTIONS}
+    sections = {p: read(section, settings, p) for p, section in SECTIONS.items()}
     run, data = sections[""], sections["dataset"]
     assert isinstance(run, RunConfig) and isinstance(data, DatasetConfig)
     for slot in COMPRESSOR_GROUPS:
@@ -238,7 +240,7 @@ def warnings(settings: Mapping[str, Value]) -> list[str]:
 
 def _check_plugins(settings: Mapping[str, Value]) -> None:
     """Import the plugins first: they register names that the other checks look up."""
-    field = RunConfig.model_fields["plugins"]
+    field = PLUGINS
     plugins = parse(settings.get("plugins", "[]"), field.annotation)
     names = isinstance(plugins, tuple) and all(isinstance(n, str) for n in plugins)
     if not names:

@@ -94,6 +94,10 @@ class RunConfig(Section):
         return read(cls, settings)
 
 
+PLUGINS = dict(RunConfig.model_fields)["plugins"]
+"""The field of the one key that is read before all others."""
+
+
 class ThreadsConfig(Section):
     """Threads of the CPU kernels; some gradients depend on their number.
 
@@ -126,7 +130,9 @@ class CheckpointConfig(Section):
 # --- from settings to sections --------------------------------------------------------
 
 
-def read(section: type[Model], settings: Mapping[str, Value], prefix: str = "") -> Model:
+def read(
+    section: type[Model], settings: Mapping[str, Value], prefix: str = ""
+) -> Model:
     """Read one section of settings.
 
     Parameters
@@ -196,7 +202,7 @@ def parse(value: Value, type_: Any) -> Any:
     members = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
     if value == "null" and type(None) in members:
         return None
-    if tuple in map(get_origin, members):
+    if any(get_origin(member) is tuple for member in members):
         try:
             loaded = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -215,8 +221,7 @@ def import_plugins(settings: Mapping[str, Value]) -> None:
     ImportError
         If there is no such module.
     """
-    plugins = RunConfig.model_fields["plugins"].annotation
-    for module in parse(settings.get("plugins", "[]"), plugins):
+    for module in parse(settings.get("plugins", "[]"), PLUGINS.annotation):
         import_module(module)
 
 

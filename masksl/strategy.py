@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from masksl.methods.base import ServerMethod, State
-from masksl.runtime import messages
+from masksl.runtime.client_states import ClientStates
 from masksl.runtime.clients import (
     EVALUATION,
     TRAINING,
@@ -28,9 +27,7 @@ from masksl.runtime.summary import make_row, summarize
 from masksl.settings import CheckpointConfig, RunConfig, Settings, read
 from masksl.training.compute import describe, resolve_device
 from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
-from masksl.training.tensors import Tensors, group, grouped
-
-_METHOD = "method."  # prefix of the method's groups of tensors
+from masksl.training.tensors import grouped
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +96,8 @@ class RoundStrategy(Strategy):
         self.optimizer = read(OptimizerConfig, settings, "optimizer")
         self.schedule = read(ScheduleConfig, settings, "schedule")
         self._checkpoint = read(CheckpointConfig, settings, "checkpoint")
-        self._own_state = own_state
+        self._client_states = ClientStates(own_state)
         self._progress = _Progress()
-        self._client_states: dict[int, dict[str, Tensors]] = {}
         self.snapshot = self.state()
 
     def summary(self) -> None:
@@ -161,11 +157,8 @@ class RoundStrategy(Strategy):
 
         def records(client: ClientInfo) -> Mapping[str, ArrayRecord]:
             client.version = versions[client.number]
-            own = self._client_states.get(client.number, {})
-            return dict(self.method.client_records(client)) | {
-                messages.STATE + name: messages.state_record(tensors)
-                for name, tensors in own.items()
-            }
+            own = self._client_states.records(client.number)
+            return dict(self.method.client_records(client)) | own
 
         self.clients.register(grid, records)
 
@@ -192,7 +185,7 @@ class RoundStrategy(Strategy):
         self._evaluate(round_)
         self._progress.completed = number
         if self._is_kept(number):
-            self._client_states |= self._collect_states(round_)
+            self._client_states.collect(self.clients, round_)
             self.snapshot = self.state()
         own = self.method.metrics(round_)
         row = make_row(round_, own, time.monotonic() - began)
@@ -265,18 +258,14 @@ class RoundStrategy(Strategy):
         groups ``client.<number>.<name>``.
         """
         method = self.method.state()
-        own = {
-            f"client.{number}.{name}": tensors
-            for number, groups in sorted(self._client_states.items())
-            for name, tensors in groups.items()
-        }
         facts = {
             "round": self._progress.completed,
             "versions": [client.version for client in self.clients.clients],
             "traffic": self.clients.ledger.total.state(),
             "method": method.facts,
         }
-        return State(method.tensors | grouped(own), facts)
+        own = grouped(self._client_states.groups)
+        return State(method.tensors | own, facts)
 
     def restore(self, state: State) -> None:
         """Restore a state; the clients get theirs when they are registered."""
@@ -284,7 +273,7 @@ class RoundStrategy(Strategy):
         self.method.load(State(state.tensors, state.facts["method"]))
         self.clients.ledger.total = Traffic.of(state.facts["traffic"])
         self._progress.completed = state.facts["round"]
-        self._client_states = _client_states(state.tensors)
+        self._client_states.load(state.tensors)
         self.clients.clients = []
 
     def _complete_round(self, grid: Grid, number: int, rounds: int) -> dict[str, Any]:
@@ -322,26 +311,6 @@ class RoundStrategy(Strategy):
         """How often nodes may be lost; engines without the setting lose none."""
         return int(self.settings.get("engine.max_restarts", 0))
 
-    def _collect_states(self, round_: Round) -> dict[int, dict[str, Tensors]]:
-        """Collect from the clients of a round what only they know."""
-        if not self._own_state:
-            return {}
-        # The state of the others has not changed since it was collected.
-        stale = [c for c in self.clients.clients if c.number not in self._client_states]
-        asked = {c.number: RecordDict() for c in (*round_.clients, *stale)}
-        replies = self.clients.query(messages.SAVE, asked)
-        cpu = torch.device("cpu")
-        return {
-            number: {
-                name: {
-                    key: tensor.detach().to(cpu, copy=True)
-                    for key, tensor in messages.state_tensors(record, cpu).items()
-                }
-                for name, record in content.array_records.items()
-            }
-            for number, content in replies.items()
-        }
-
     # --- not called by `start` --------------------------------------------------------
 
     def configure_train(
@@ -367,13 +336,3 @@ class RoundStrategy(Strategy):
     ) -> MetricRecord | None:
         """Not called, likewise."""
         raise RuntimeError("RoundStrategy evaluates by RoundStrategy.start")
-
-
-def _client_states(tensors: Tensors) -> dict[int, dict[str, Tensors]]:
-    """Return the tensors of groups ``client.<number>.<name>`` by number and name."""
-    states: dict[int, dict[str, Tensors]] = {}
-    for name in dict.fromkeys(key.partition("/")[0] for key in tensors):
-        if name.startswith("client."):
-            _, number, kind = name.split(".", 2)
-            states.setdefault(int(number), {})[kind] = group(tensors, name)
-    return states

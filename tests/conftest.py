@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # pylint: disable=wrong-import-position
 import pytest
 import torch
+
 from masksl import client_app, config, dataset, server_app
 from masksl.dataset import Spec, TensorImages
 from masksl.engine.local import LocalGrid, open_grid

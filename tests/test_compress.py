@@ -235,7 +235,7 @@ def test_narrow_values_are_those_of_the_type() -> None:
 def test_real_activations_have_the_measured_error(data_root: Any) -> None:
     from masksl import dataset, model  # pylint: disable=import-outside-toplevel
 
-    data = dataset.load(dataset.DatasetConfig("cifar10", str(data_root)))
+    data = dataset.load(dataset.DatasetConfig(name="cifar10", root=str(data_root)))
     images, _ = data.train_batch(torch.arange(256), torch.Generator())
     units = model.build("small_cnn", 10, 3, seed=0)
     activation = units[0](images).detach()

@@ -208,7 +208,7 @@ def test_overrides_are_the_only_key_under_flwr_run() -> None:
     settings = config.compose(overrides)
     assert settings["compressor.name"] == "qu"
     for wrong, message in (
-        ({"overrides": "rounds='3"}, "overrides=\"rounds='3\": must be overrides of"),
+        ({"overrides": "rounds='3"}, 'overrides="rounds=\'3": must be overrides of'),
         ({"rounds": 3}, "rounds=3: the run config has the key overrides"),
     ):
         with pytest.raises(ConfigError) as caught:

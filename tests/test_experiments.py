@@ -10,10 +10,10 @@ import torch
 
 from masksl import dataset, main
 from masksl.dataset import DATASETS, TensorImages
-from masksl.training.compute import ComputeConfig, compute
 from masksl.runtime import results
+from masksl.training.compute import ComputeConfig, compute
 from tests.conftest import ROOT, settings_of
-from tests.test_dataset import make_imagenet, make_tiny_imagenet
+from tests.data.folders import make_imagenet, make_tiny_imagenet
 
 COMPRESSORS = sorted(path.stem for path in (ROOT / "conf/compressor").glob("*.yaml"))
 STEP = (

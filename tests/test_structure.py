@@ -1,79 +1,89 @@
-"""Who imports whom: the layers of the package."""
+"""Who imports whom: the rooms of the package."""
 
 import ast
+from itertools import chain
 from pathlib import Path
 
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "masksl"
-IMPORTS = {
-    "wire": set(),
-    "entropy": {"wire"},
-    "topk": set(),
-    "planes": {"entropy", "topk", "wire"},
-    "scalar": set(),
-    "options": set(),
-    "compress": {"options", "entropy", "planes", "scalar", "topk", "wire"},
-    "model": set(),
-    "seeds": set(),
+METHOD = {
+    *("compress", "codec", "dataset", "methods", "methods.base", "model", "runtime"),
+    *("settings", "training", "utils"),
+}
+IMPORTS: dict[str, set[str]] = {
+    "codec": {"codec"},
+    "utils": set(),
     "settings": set(),
-    "dataset": {"seeds"},
-    "heap": set(),
-    "halves": {"heap"},
-    "config": {"compress", "dataset", "model", "settings"},
-    "ledger": set(),
-    "results": set(),
-    "console": set(),
-    "checkpoint": set(),
-    "timing": set(),
-    "messages": {"compress", "ledger", "wire"},
-    "client_app": {
-        *("compress", "dataset", "halves", "messages", "model", "seeds", "settings"),
-        "timing",
-    },
-    "strategy": {
-        *("compress", "halves", "ledger", "messages", "seeds", "settings", "timing"),
-    },
-    "server_app": {
-        *("checkpoint", "compress", "config", "console", "dataset", "halves", "ledger"),
-        *("messages", "model", "results", "seeds", "settings", "strategy"),
-    },
+    "model": set(),
+    "engine.options": set(),
+    "training": {"training", "utils"},
+    "compress": {"codec"},
     "modules": {"compress"},
-    "bench": {
-        *(
-            "bench",
-            "checkpoint",
-            "compress",
-            "dataset",
-            "engine",
-            "halves",
-            "main",
-            "messages",
-        ),
-        *("model", "modules", "results", "seeds", "server_app", "settings"),
+    "data": {"data", "utils"},
+    "dataset": {"data", "utils"},
+    "runtime": {
+        *("runtime", "compress", "codec", "settings", "training.score", "utils"),
     },
-    "report": {"report", "results"},
+    "methods": {"methods.split", "settings"},  # the configurations alone
+    "methods.base": METHOD,
+    "methods.split": METHOD | {"methods.split"},
+    "strategy": {"methods.base", "runtime", "settings", "training", "utils"},
+    "config": {
+        *("methods", "compress", "dataset", "model", "training", "engine.options"),
+        *("runtime.ledger", "runtime.compressors", "settings"),
+    },
+    "client_app": {"methods.base", "runtime", "settings"},
+    "server_app": {
+        *("config", "methods", "methods.base", "runtime", "settings", "strategy"),
+    },
+    "engine": {"engine", "engine.options", "utils"},
     "main": {
-        *("checkpoint", "config", "dataset", "engine", "messages", "server_app"),
+        *("config", "dataset", "engine", "engine.options", "runtime", "server_app"),
         "settings",
     },
-    "sweep": {"config", "main", "results", "server_app"},
-    "engine": {"engine", "heap"},
+    "sweep": {"config", "main", "runtime.results", "server_app"},
+    "report": {"report", "runtime.results"},
 }
-FRAMEWORKS = {"flwr", "ray", "hydra"}
+"""Rooms by room that a module of it may import; `bench` may import anything."""
+
+SHARED = {"base", "client", "global_model"}  # of methods/: every method imports them
+FRAMEWORKS = {"flwr", "ray", "hydra", "grpc"}
 ALLOWED = {
-    "messages": {"flwr"},
+    "runtime": {"flwr"},
+    "methods.base": {"flwr"},
+    "methods.split": {"flwr"},
     "client_app": {"flwr"},
     "strategy": {"flwr"},
     "server_app": {"flwr"},
-    "engine": {"flwr", "ray"},
+    "engine": {"flwr", "ray", "grpc"},
+    "config": {"hydra"},
     "main": {"hydra"},
     "bench": {"flwr", "hydra"},
 }
+LONG = {"codec/entropy.py": 750, "compress.py": 750}
+
+
+def modules() -> list[str]:
+    """Return the modules of the package by dotted name, packages by theirs."""
+    paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__").removesuffix("__init__") for name in names]
+
+
+MODULES = {name for name in modules() if name}
+
+
+def room(module: str) -> str:
+    """Return the room of a module of the package."""
+    parts = module.split(".")
+    if parts[0] == "methods" and len(parts) > 1:
+        return "methods.base" if parts[1] in SHARED else ".".join(parts[:2])
+    return module if module in IMPORTS else parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    """Return dotted names that a file imports, wherever it does."""
+    """Return dotted names that a file imports, in whatever function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -83,27 +93,100 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_modules_import_what_the_layers_allow() -> None:
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports."""
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "masksl":
+            every = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
+            found.add(next(module for module in every if module in MODULES))
+    return found
+
+
+def test_modules_import_what_the_rooms_allow() -> None:
     seen = set()
     for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        relative = path.relative_to(PACKAGE).with_suffix("")
+        module = ".".join(relative.parts).removesuffix(".__init__")
+        own = room(module)
         if module == "__init__":
             continue
-        seen.add(module)
-        names = imported(path)
-        ours = {n.split(".")[1] for n in names if n.startswith("masksl.")}
-        assert ours <= IMPORTS[module], (module, ours - IMPORTS[module])
-        frameworks = {n.split(".")[0] for n in names} & FRAMEWORKS
-        assert frameworks <= ALLOWED.get(module, set()), (module, frameworks)
-    assert seen == IMPORTS.keys()
+        seen.add(own)
+        frameworks = {name.split(".")[0] for name in imported(path)} & FRAMEWORKS
+        assert frameworks <= ALLOWED.get(own, set()), (module, frameworks)
+        if own == "methods.split" and module == "methods.split":
+            assert imported_modules(path) == {"settings"}  # its configuration
+        elif own != "bench":
+            for other in imported_modules(path):
+                rooms = {other, room(other), other.split(".")[0]}
+                if other.startswith("methods"):  # each part of methods by its name
+                    rooms = {room(other)}
+                assert rooms & IMPORTS[own], (module, other)
+    assert seen == IMPORTS.keys() | {"bench"}
 
 
-def test_layers_have_no_cycles() -> None:
+def test_rooms_have_no_cycles() -> None:
+    """Modules, one by one, import each other without a cycle.
+
+    The methods are left out of the package that lists them: it names their classes as
+    text and imports their configurations alone.
+    """
+    arrows: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE).with_suffix("")
+        module = ".".join(relative.parts).removesuffix(".__init__")
+        arrows[module] = imported_modules(path) - {module}
+    typed = ("runtime.clients", "runtime.round")  # imported for its type alone
+    arrows[typed[0]].discard(typed[1])
     done: set[str] = set()
-    while remaining := IMPORTS.keys() - done:
-        ready = {m for m in remaining if IMPORTS[m] - {m} <= done}
+    while remaining := arrows.keys() - done:
+        ready = {m for m in remaining if arrows[m] <= done}
         assert ready, f"a cycle among {sorted(remaining)}"
         done |= ready
+
+
+def test_a_method_never_imports_another() -> None:
+    folders = [path for path in (PACKAGE / "methods").iterdir() if path.is_dir()]
+    names = {path.name for path in folders} - {"__pycache__"}
+    assert names
+    for name in names:
+        for path in (PACKAGE / "methods" / name).rglob("*.py"):
+            others = {f"methods.{other}" for other in names - {name}}
+            assert not {room(m) for m in imported_modules(path)} & others, path
+
+
+def test_shared_rooms_name_no_method() -> None:
+    """Strategy, runtime and engines work for every method."""
+    shared = (PACKAGE / "runtime").glob("*.py"), (PACKAGE / "engine").glob("*.py")
+    words = ("split", "activation", "gradient", "half", "halves")
+    for path in chain([PACKAGE / "strategy.py"], *shared):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [
+                *([node.id] if isinstance(node, ast.Name) else []),
+                *([node.attr] if isinstance(node, ast.Attribute) else []),
+                *([node.name] if isinstance(node, ast.FunctionDef) else []),
+            ]
+            for name in names:
+                if name != "split":  # that of text and tensors
+                    assert name not in words, (path, name)
+
+
+def test_modules_and_classes_are_short() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= LONG.get(name, 500), name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 300, (name, node.name)
+
+
+def test_the_names_that_flower_demands_are_there() -> None:
+    for name in ("client_app", "dataset", "model", "server_app", "strategy", "utils"):
+        assert (PACKAGE / f"{name}.py").exists(), name
 
 
 def test_nothing_pickles() -> None:

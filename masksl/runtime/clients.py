@@ -327,9 +327,7 @@ class ClientManager:
         )
 
 
-def _divide(
-    round_: "Round", replies: Iterable[RecordDict], seconds: float
-) -> None:
+def _divide(round_: "Round", replies: Iterable[RecordDict], seconds: float) -> None:
     """Divide the time of an exchange into work of its busiest worker, and the rest."""
     workers: dict[int, tuple[float, float]] = {}
     for content in replies:

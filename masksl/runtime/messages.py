@@ -1,8 +1,8 @@
 """Records of Flower messages and of client state.
 
 Records of a message are named after the kinds of the ledger (``activation``,
-``gradient``, ``model``, ...). Each is an ArrayRecord. Beside them, ``place`` holds round
-and step, ``metrics`` holds measurements, ``failure`` the reason why a run must end.
+``gradient``, ``model``, ...). Each is an ArrayRecord. Beside them, ``place`` holds the
+round and the step, ``metrics`` measurements, ``failure`` the reason why a run must end.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,9 +66,7 @@ def place_of(content: RecordDict) -> dict[str, Any]:
     return dict(content.config_records[PLACE])
 
 
-def entries(
-    content: RecordDict, full: Mapping[str, int] | None = None
-) -> list[Entry]:
+def entries(content: RecordDict, full: Mapping[str, int] | None = None) -> list[Entry]:
     """Return what the ledger counts of a message: each array, by its record's name.
 
     Parameters

@@ -73,7 +73,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def collect(folder: Path, into: Path) -> None:
-    """Copy the results of the finished runs below a folder, as far as reports need them.
+    """Copy what reports need of the finished runs below a folder.
 
     Parameters
     ----------
@@ -113,7 +113,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         sent.append((sent[-1] if sent else 0) + _total(row["bytes"]) / 1e6)
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     loss, accuracy, traffic = figure.subplots(1, 3)
-    loss.plot(rounds, [_number(row["loss"]) for row in rows], marker=".", label="training")
+    loss.plot(
+        rounds, [_number(row["loss"]) for row in rows], marker=".", label="training"
+    )
     loss.plot(rounds, [row["test_loss"] for row in rows], marker=".", label="test")
     loss.set(xlabel="round", ylabel="cross-entropy")
     loss.legend()

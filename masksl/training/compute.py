@@ -54,12 +54,16 @@ class ComputeConfig(
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+FLOAT32 = ComputeConfig()
+"""Full precision in PyTorch's own memory format."""
+
+
 @contextmanager
 def compute(
     threads: int,
     device: torch.device,
     seed: int,
-    config: ComputeConfig = ComputeConfig(),
+    config: ComputeConfig = FLOAT32,
 ) -> Iterator[None]:
     """Set what a result depends on: threads, and a seeded fork of the generators.
 

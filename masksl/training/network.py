@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from masksl.training.compute import ComputeConfig, compute
+from masksl.training.compute import FLOAT32, ComputeConfig, compute
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.tensors import Tensors
 
@@ -39,7 +39,7 @@ class LocalNetwork:
         tensors: Tensors,
         momentum: Tensors,
         threads: int,
-        config: ComputeConfig = ComputeConfig(),
+        config: ComputeConfig = FLOAT32,
     ) -> None:
         self._module = module
         self._config = config

@@ -145,7 +145,7 @@ def test_length_is_the_entropy(kind: str, error: float) -> None:
 @pytest.fixture(scope="module")
 def real_activation(data_root: Path) -> torch.Tensor:
     """Return the activation of 256 CIFAR-10 images after some steps on others."""
-    data = dataset.load(dataset.DatasetConfig("cifar10", str(data_root)))
+    data = dataset.load(dataset.DatasetConfig(name="cifar10", root=str(data_root)))
     network = nn.Sequential(*model.build("small_cnn", 10, 3, seed=0)).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(0)

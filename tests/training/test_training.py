@@ -63,5 +63,3 @@ def test_threads_are_given_back() -> None:
         torch.rand(3)
     assert torch.get_num_threads() == before
     assert torch.equal(torch.random.get_rng_state(), state)
-
-

@@ -182,8 +182,9 @@ def relative_error(tensor: torch.Tensor, decoded: torch.Tensor) -> float:
 
 def client_half(settings: Settings, units: model.Units) -> nn.Module:
     """Return the units before the cut."""
-    cut = model.resolve_cut(str(settings["model.name"]), settings["cut"])
-    return model.split(units, cut)[0]
+    name, cut = str(settings["model.name"]), settings["cut"]
+    units_kept = model.resolve_cut(name, cut)  # type: ignore[arg-type]
+    return model.split(units, units_kept)[0]
 
 
 def own_state(settings: Settings) -> Collection[str]:
@@ -225,9 +226,7 @@ def _gradient_positions(client: Client) -> torch.Tensor | None:
     return kept_positions(frame, device=client.setup.device)
 
 
-def _activation_reply(
-    client: Client, frame: bytes, labels: torch.Tensor
-) -> RecordDict:
+def _activation_reply(client: Client, frame: bytes, labels: torch.Tensor) -> RecordDict:
     classes = DATASETS[client.setup.dataset.name].classes
     return RecordDict(
         {

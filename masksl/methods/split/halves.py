@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from masksl.training.compute import ComputeConfig, compute
+from masksl.training.compute import FLOAT32, ComputeConfig, compute
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.score import Score, mean_loss, score
 from masksl.training.tensors import Tensors, copies
@@ -35,7 +35,7 @@ class ServerHalf:
         module: nn.Module,
         config: OptimizerConfig,
         threads: int,
-        compute_config: ComputeConfig = ComputeConfig(),
+        compute_config: ComputeConfig = FLOAT32,
     ) -> None:
         if compute_config.channels_last:  # typed without memory_format alone
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -244,7 +244,9 @@ def test_state_of_a_client_under_step_is_dropped_between_steps() -> None:
 
 def test_fraction_samples_clients_by_round() -> None:
     training = prepare(settings_of("fraction=0.3"))
-    drawn = [[c.number for c in training.strategy.clients.sample(r)] for r in range(1, 20)]
+    drawn = [
+        [c.number for c in training.strategy.clients.sample(r)] for r in range(1, 20)
+    ]
     assert all(len(set(numbers)) == 3 for numbers in drawn)
     assert len({tuple(numbers) for numbers in drawn}) > 5
     assert drawn == [
@@ -379,7 +381,7 @@ def test_server_step_scales_each_gradient_to_its_own_mean() -> None:
 
 
 def test_toy_data_needs_no_partition_of_its_own() -> None:
-    parts = dataset.partition(dataset.DatasetConfig("toy"), 4, 1)
+    parts = dataset.partition(dataset.DatasetConfig(name="toy"), 4, 1)
     assert sum(map(len, parts)) == 1000
 
 

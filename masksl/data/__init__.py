@@ -1,0 +1,1 @@
+"""Images of data sets, the functions that read them, and augmentation."""
