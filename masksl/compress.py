@@ -1,4 +1,4 @@
-"""The compressors: a float tensor to a frame, and back.
+"""The compressors: float tensors to frames, and back.
 
 >>> import torch
 >>> from masksl.compress import decode, make
@@ -11,24 +11,38 @@ torch.Size([256, 64, 16, 16])
 
 A compressor of your own is one class: derive from `Compressor`, give it a name and
 options (fields of a frozen dataclass), write `pack` and `unpack`, and decorate it with
-`register`.
+`register`. `masksl.codec.base` documents the contract.
 """
 
 import struct
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from masksl.codec import entropy, planes, scalar, topk, wire
+from masksl.codec.base import (
+    COMPRESSORS,
+    Bounds,
+    Compressor,
+    Device,
+    FrameError,
+    Header,
+    NotFiniteError,
+    Packed,
+    Shape,
+    decode,
+    has_positions,
+    kept_positions,
+    make,
+    options_of,
+    register,
+)
+from masksl.codec.bits import pack_bits, packed_size, unpack_bits
 from masksl.codec.options import check_choice, check_number, check_sparsity, check_whole
-from masksl.codec.planes import Bounds, NotFiniteError
-from masksl.codec.wire import MAX_ELEMENTS, FrameError, Header
 
 __all__ = [
     "COMPRESSORS",
@@ -42,260 +56,6 @@ __all__ = [
     "options_of",
     "register",
 ]
-
-
-Shape = tuple[int, ...]
-Device: TypeAlias = torch.device | str
-Packed = tuple[bytes, Sequence[wire.Part]]
-
-Class = TypeVar("Class", bound="type[Compressor]")
-
-# Every registered compressor by its name.
-COMPRESSORS: dict[str, type["Compressor"]] = {}
-
-
-class Compressor(ABC):
-    """Turns a float tensor into a frame; `decode` turns any frame back.
-
-    A compressor is immutable and holds no state between calls. Its options are the
-    fields of its dataclass; wrong values raise ``ValueError`` when it is made.
-    """
-
-    name: ClassVar[str]
-    """Name in `make`, in the configuration and in the frame; 1 to 8 ASCII bytes."""
-
-    def encode(self, tensor: Tensor, *, seed: int = 0, training: bool = True) -> bytes:
-        """Encode a tensor.
-
-        Parameters
-        ----------
-        tensor : Tensor
-            float16, bfloat16, float32 or float64, of any shape and memory format, not
-            empty, all values finite. Elements are taken in row-major order.
-        seed : int
-            Seed of whatever the compressor draws; the same seed gives the same bytes.
-        training : bool
-            False in evaluation, which some compressors treat otherwise.
-
-        Returns
-        -------
-        bytes
-            The frame. What is sent is ``len(frame)`` bytes, header included.
-
-        Raises
-        ------
-        TypeError
-            If the tensor is not of a floating type named above.
-        ValueError
-            If it is empty; as `NotFiniteError` if it has values that are not finite.
-            The message names the compressor and counts them.
-        """
-        if tensor.dtype not in wire.DTYPE_CODES:
-            raise TypeError(
-                f"{self.name}: dtype {tensor.dtype} cannot be encoded, "
-                f"expected one of {', '.join(map(str, wire.DTYPE_CODES))}"
-            )
-        if tensor.numel() == 0:
-            raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
-        flat = wire.flatten(tensor)
-        bounds = planes.finite_bounds(flat, self.name)
-        shape = tuple(tensor.shape)
-        params, parts = self.pack(flat, shape, bounds, seed=seed, training=training)
-        header = Header(self.name, tensor.dtype, shape, params)
-        return wire.assemble(header, parts)
-
-    @abstractmethod
-    def pack(
-        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
-    ) -> Packed:
-        """Compress the elements of a tensor.
-
-        Parameters
-        ----------
-        flat : Tensor
-            Shape (d,), contiguous, finite, of a floating type.
-        shape : Shape
-            Shape of the tensor that they come from.
-        bounds : Bounds
-            The least and the largest element.
-        seed : int
-            Seed of whatever is drawn.
-        training : bool
-            False in evaluation.
-
-        Returns
-        -------
-        tuple[bytes, Sequence[Tensor | bytes]]
-            What the decoder needs to know (at most 20 bytes keep the header within 64)
-            and the payload in order: bytes, or one-dimensional tensors.
-        """
-
-    @classmethod
-    @abstractmethod
-    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
-        """Undo `pack`.
-
-        Parameters
-        ----------
-        header : Header
-            Header of the frame, its dtype, shape and parameters.
-        payload : memoryview
-            Payload of the frame; its length is yet to be checked.
-        device : Device
-            Where the elements go.
-
-        Returns
-        -------
-        Tensor
-            Shape (d,), of any floating type; `decode` converts it to the header's.
-
-        Raises
-        ------
-        FrameError
-            If the payload is at odds with the header, before anything is allocated.
-        """
-
-
-def register(cls: Class) -> Class:
-    """Class decorator that makes a compressor known to `make` and `decode`."""
-    name = cls.name
-    if not (name.isascii() and 1 <= len(name) <= 8):
-        raise ValueError(f"compressor name {name!r} is not 1 to 8 ASCII characters")
-    if COMPRESSORS.setdefault(name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"compressor name {name!r} is taken by {COMPRESSORS[name]}")
-    COMPRESSORS[name] = cls
-    return cls
-
-
-def make(name: str, **options: Any) -> Compressor:
-    """Return the compressor of a name.
-
-    Parameters
-    ----------
-    name : str
-        A key of `COMPRESSORS`.
-    **options : Any
-        Its options; those left out take their defaults.
-
-    Returns
-    -------
-    Compressor
-        Ready to encode.
-
-    Raises
-    ------
-    ValueError
-        If the name or an option is unknown or an option's value is not allowed.
-    """
-    if name not in COMPRESSORS:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(COMPRESSORS)}")
-    known = options_of(name)
-    for option, value in options.items():
-        if option not in known:
-            allowed = ", ".join(known) or "none at all"
-            raise ValueError(f"{option}={value!r}: {name} has the options {allowed}")
-    return COMPRESSORS[name](**options)
-
-
-def options_of(name: str) -> list[str]:
-    """Return the names of a compressor's options."""
-    return [field.name for field in fields(COMPRESSORS[name])]  # type: ignore[arg-type]
-
-
-def decode(
-    frame: wire.Buffer,
-    *,
-    device: Device = "cpu",
-    max_elements: int = MAX_ELEMENTS,
-) -> Tensor:
-    """Decode a frame of any compressor.
-
-    Parameters
-    ----------
-    frame : bytes-like
-        One whole frame.
-    device : Device
-        Where the tensor goes; only packed bytes cross to it.
-    max_elements : int
-        Frames that declare more elements are refused.
-
-    Returns
-    -------
-    Tensor
-        Contiguous, with the shape and dtype of the tensor that was encoded.
-
-    Raises
-    ------
-    FrameError
-        If the frame is cut short, altered, of another version, of an unknown
-        compressor, too large, or at odds with itself.
-    """
-    header, payload = wire.parse(frame, max_elements=max_elements)
-    if header.compressor not in COMPRESSORS:
-        raise FrameError(
-            f"frame of the unknown compressor {header.compressor!r}, "
-            f"known are {', '.join(COMPRESSORS)}"
-        )
-    flat = COMPRESSORS[header.compressor].unpack(header, payload, device)
-    return flat.to(header.dtype).view(header.shape)
-
-
-def kept_positions(
-    frame: wire.Buffer,
-    *,
-    device: Device = "cpu",
-    max_elements: int = MAX_ELEMENTS,
-) -> Tensor:
-    """Return which elements a frame of `sp` or `rt` keeps, zeros among them too.
-
-    Parameters
-    ----------
-    frame, device, max_elements
-        See `decode`.
-
-    Returns
-    -------
-    Tensor
-        int64, shape (k,): ascending positions in the flat tensor, row-major.
-
-    Raises
-    ------
-    FrameError
-        As `decode`, and if the frame's compressor has no positions.
-    """
-    header, payload = wire.parse(frame, max_elements=max_elements)
-    if not has_positions(header.compressor):
-        raise FrameError(f"{header.compressor} frame has no positions")
-    cls: Any = COMPRESSORS[header.compressor]
-    return cls.unpack_positions(header, payload, device)[0]
-
-
-def has_positions(name: str) -> bool:
-    """Return whether the frames of a compressor name the elements that they keep."""
-    return issubclass(COMPRESSORS.get(name, Compressor), Sparsification)
-
-
-# --- what the compressors share -------------------------------------------------------
-
-_SCOPES = ("tensor", "sample")
-
-
-def _rows(shape: Shape, scope: str) -> int:
-    """Return in how many parts elements are selected."""
-    return shape[0] if scope == "sample" and shape else 1
-
-
-def _check_kept(header: Header, kept: int, scope: int) -> int:
-    """Return the rows of a frame that keeps so many elements of each."""
-    if scope >= len(_SCOPES):
-        raise FrameError(f"{header.compressor} frame has the unknown scope {scope}")
-    rows = _rows(header.shape, _SCOPES[scope])
-    if not 1 <= kept <= header.elements // rows:
-        raise FrameError(
-            f"{header.compressor} frame keeps {kept} of {header.elements // rows} "
-            "elements"
-        )
-    return rows
 
 
 # --- no compression -------------------------------------------------------------------
@@ -549,7 +309,7 @@ class FloatQuantization(Compressor):
         symbols = scalar.nearest(magnitude, levels)
         bits = self.exponent + self.mantissa
         form, plane = planes.write_plane(symbols, bits, shape, self.lossless)
-        parts = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
+        parts = [pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
         params = self.exponent, self.mantissa, signed, form, factor
         return self._PARAMS.pack(*params), [*parts, plane]
 
@@ -588,8 +348,8 @@ class Sparsification(Compressor):
     scope : str
         ``tensor`` keeps k of all d elements, ``sample`` k of each sample's.
     values : str
-        Type that kept values travel in: ``float32`` is the tensor's own, ``bfloat16``
-        and ``float16`` take 16 bits.
+        Type of sent values: ``float32`` is the tensor's own, ``bfloat16`` and
+        ``float16`` take 16 bits.
     positions : str
         ``paper``: a bit an element or 32 bits a kept element, whichever is smaller;
         ``auto``: the gaps between kept elements, entropy-coded, where that is smaller.
@@ -603,6 +363,7 @@ class Sparsification(Compressor):
     """
 
     name: ClassVar[str] = "sp"
+    keeps_positions: ClassVar[bool] = True
     sparsity: float = 0.95875
     scope: str = "tensor"
     values: str = "float32"
@@ -613,7 +374,7 @@ class Sparsification(Compressor):
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        check_choice("scope", self.scope, _SCOPES)
+        check_choice("scope", self.scope, planes.SCOPES)
         check_choice("values", self.values, planes.VALUES)
         check_choice("positions", self.positions, ("paper", "auto"))
         check_choice("lossless", self.lossless, planes.LOSSLESS)
@@ -626,7 +387,7 @@ class Sparsification(Compressor):
     def pack(
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
     ) -> Packed:
-        rows = _rows(shape, self.scope)
+        rows = planes.rows(shape, self.scope)
         kept = topk.kept(self.sparsity, flat.numel() // rows)
         magnitude = planes.working(flat).abs().view(rows, -1)
         chosen = self.select(magnitude, kept, seed=seed, training=training)
@@ -634,7 +395,7 @@ class Sparsification(Compressor):
         form, coded = planes.write_positions(
             chosen, shape, self.lossless, gaps=self.positions == "auto"
         )
-        scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
+        scope, dtype = planes.SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
         return self._PARAMS.pack(kept, scope, dtype, form), [values, coded]
 
     @classmethod
@@ -648,9 +409,9 @@ class Sparsification(Compressor):
     def unpack_positions(
         cls, header: Header, payload: memoryview, device: Device
     ) -> tuple[Tensor, memoryview, torch.dtype]:
-        """Return the positions that are kept; the bytes and the type of the values."""
+        """Return kept positions, the bytes of the values and their type."""
         kept, scope, code, form = header.unpack_params(cls._PARAMS)
-        kept *= _check_kept(header, kept, scope)
+        kept *= planes.check_kept(header, kept, scope)
         dtype = planes.value_dtype(header, code)
         sent, coded = planes.split(header, payload, kept * dtype.itemsize)
         chosen = planes.read_positions(header, coded, kept, form, device)
@@ -723,8 +484,8 @@ class MaskSparsification(Compressor):
         ``tensor`` keeps k of all d elements, ``sample`` k of each sample's, with a t of
         its own.
     values : str
-        Type that kept values travel in: ``float32`` is the tensor's own, ``bfloat16``
-        and ``float16`` take 16 bits; t is that of the values as they travel.
+        Type of sent values: ``float32`` is the tensor's own, ``bfloat16`` and
+        ``float16`` take 16 bits; t is computed from the values as sent.
     lossless : str
         Stage over the mask: ``none``, ``fast``, ``context`` or ``auto``.
 
@@ -748,7 +509,7 @@ class MaskSparsification(Compressor):
         check_sparsity(self.sparsity)
         check_whole("bits", self.bits, 1, 8)
         check_choice("rounding", self.rounding, ("nearest", "floor"))
-        check_choice("scope", self.scope, _SCOPES)
+        check_choice("scope", self.scope, planes.SCOPES)
         check_choice("values", self.values, planes.VALUES)
         check_choice("lossless", self.lossless, planes.LOSSLESS)
 
@@ -756,7 +517,7 @@ class MaskSparsification(Compressor):
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
     ) -> Packed:
         work = planes.working(flat)
-        rows = _rows(shape, self.scope)
+        rows = planes.rows(shape, self.scope)
         kept = topk.kept(self.sparsity, flat.numel() // rows)
         signed = bounds[0] < 0
         magnitude = (work.abs() if signed else work).view(rows, -1)
@@ -766,8 +527,8 @@ class MaskSparsification(Compressor):
         symbols = self._symbols(magnitude, smallest.amin(1, keepdim=True))
         symbols.index_fill_(0, chosen, 2**self.bits - 1)
         form, plane = planes.write_plane(symbols, self.bits, shape, self.lossless)
-        signs = [wire.pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
-        scope, dtype = _SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
+        signs = [pack_bits((work < 0).view(torch.uint8), 1)] if signed else []
+        scope, dtype = planes.SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
         params = self._PARAMS.pack(kept, self.bits, signed, scope, dtype, form)
         return params, [values, *signs, plane]
 
@@ -794,7 +555,7 @@ class MaskSparsification(Compressor):
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
         kept, bits, signed, scope, code, form = header.unpack_params(cls._PARAMS)
-        rows = _check_kept(header, kept, scope)
+        rows = planes.check_kept(header, kept, scope)
         if not 1 <= bits <= 8 or signed > 1:
             raise FrameError(f"ms frame declares {bits} bits and sign form {signed}")
         dtype, top = planes.value_dtype(header, code), 2**bits - 1
@@ -802,7 +563,7 @@ class MaskSparsification(Compressor):
         sent, signs, plane = planes.split(
             header, payload, size, planes.sign_bytes(header, signed)
         )
-        # Levels in units of t/L; what is kept is marked by -1 until it is put in.
+        # Levels in units of t/L; -1 marks kept elements until they are filled in.
         units = torch.arange(
             2**bits, dtype=planes.working_dtype(header.dtype), device=device
         )
@@ -828,7 +589,7 @@ class MaskSparsification(Compressor):
             raise FrameError(f"ms frame does not keep {kept} elements of every sample")
 
 
-# --- ours: entropy-coded --------------------------------------------------------------
+# --- entropy-coded --------------------------------------------------------------------
 
 
 @register
@@ -837,9 +598,9 @@ class EntropyCodedQuantization(Compressor):
     """EC: a scalar quantiser with a dead zone whose symbols are entropy-coded.
 
     Symbol 0 is a magnitude below ``deadzone`` steps, the next ones a step each. A
-    symbol comes back as the mean (centroid) of its magnitudes, symbol 0 as zero where
-    the tensor has negative values; these cost a bit of sign where the symbol is not 0.
-    What lies beyond the last of 255 symbols is sent exactly. Symbols are coded by their
+    symbol is decoded as the mean (centroid) of its magnitudes. If the tensor has
+    negative values, symbol 0 is decoded as zero, and the others cost a sign bit.
+    Elements beyond the last of 255 symbols are sent exactly. Symbols are coded by their
     neighbours (`masksl.codec.entropy`).
 
     Parameters
@@ -849,11 +610,11 @@ class EntropyCodedQuantization(Compressor):
     bits : float | None
         Budget, in bits an element: the step is searched so that frames keep to it.
     error : float | None
-        Relative error (norm of the difference over norm of the tensor), likewise. One
-        of the three steers; 0.25 if none is given.
+        Target of the relative error (2-norm of the difference over that of the
+        tensor), likewise. At most one of the three is given; 0.25 if none is.
     deadzone : float | None
-        Width of symbol 0 in steps, 0.5 to 1; None takes the one that, by a sample,
-        needs the fewest bits for its error.
+        Width of symbol 0 in steps, 0.5 to 1; None chooses, on a sample, the width with
+        the fewest bits at its error.
     context : str
         ``spatial`` codes by neighbours (maps of at least 2x2, else like ``none``);
         ``none`` by one table.
@@ -907,7 +668,7 @@ class EntropyCodedQuantization(Compressor):
         if signed:
             negative = topk.masked(work < 0, symbols > 0)
             if signs := negative.numel():
-                parts.append(wire.pack_bits(negative.view(torch.uint8), 1))
+                parts.append(pack_bits(negative.view(torch.uint8), 1))
         params = alphabet, signed, outliers.numel(), len(coded), signs
         return self._PARAMS.pack(*params), parts
 
@@ -928,7 +689,7 @@ class EntropyCodedQuantization(Compressor):
             outliers * header.dtype.itemsize,
             length,
         )
-        wire.check_payload(header, payload, sum(sizes) + wire.packed_size(count, 1))
+        wire.check_payload(header, payload, sum(sizes) + packed_size(count, 1))
         sent, exact, coded, signs = planes.split(header, payload, *sizes)
         centroids = planes.read_values(header, sent, dtype, device)
         if bool((centroids.abs() > torch.finfo(header.dtype).max).any()):
@@ -945,7 +706,7 @@ class EntropyCodedQuantization(Compressor):
         planes.check_marked(header, nonzero.numel(), count)
         if nonzero.numel():
             packed = wire.to_tensor(signs, torch.uint8, device)
-            bits = wire.unpack_bits(packed, nonzero.numel(), 1)
+            bits = unpack_bits(packed, nonzero.numel(), 1)
             flat[nonzero] *= 1 - 2 * bits.to(dtype)
         flat = flat.to(header.dtype)
         if outliers:
@@ -972,7 +733,7 @@ class EntropyCodedQuantization(Compressor):
         shape: Shape,
         signed: bool,
     ) -> float:
-        """Return about how many bits an element the frame will take."""
+        """Estimate the bits an element of the frame."""
         symbols = quantizer.symbols(magnitude)
         alphabet = int(symbols.amax()) + 1
         plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)

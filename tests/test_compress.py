@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksl.codec import wire
+from masksl.codec.bits import unpack_bits
 from masksl.compress import (
     COMPRESSORS,
     FloatQuantization,
@@ -87,7 +88,7 @@ def test_worked_example(rounding: str, symbols: list[int], error: float) -> None
     values = torch.frombuffer(bytearray(payload[:16]), dtype=torch.float32)
     assert torch.equal(values, torch.tensor([2.2, 3.1, 2.1, 2.8]))
     packed = torch.tensor(list(payload[16:]), dtype=torch.uint8)
-    assert wire.unpack_bits(packed, 16, 2).tolist() == symbols
+    assert unpack_bits(packed, 16, 2).tolist() == symbols
     assert (decode(frame) - EXAMPLE).norm().item() == pytest.approx(error, abs=5e-4)
 
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 
 from masksl.codec import wire
+from masksl.codec.bits import pack_bits, packed_size, unpack_bits
 from masksl.compress import Compressor, register
 
 
@@ -34,15 +35,15 @@ class Sign(Compressor):
 
     def pack(self, flat, shape, bounds, *, seed, training):
         mean = self.scale * flat.abs().mean().item()
-        bits = wire.pack_bits((flat > 0).view(torch.uint8), 1)
+        bits = pack_bits((flat > 0).view(torch.uint8), 1)
         return struct.pack("<d", mean), [bits]
 
     @classmethod
     def unpack(cls, header, payload, device):
         (mean,) = header.unpack_params(struct.Struct("<d"))
-        wire.check_payload(header, payload, wire.packed_size(header.elements, 1))
+        wire.check_payload(header, payload, packed_size(header.elements, 1))
         packed = wire.to_tensor(payload, torch.uint8, device)
-        return wire.unpack_bits(packed, header.elements, 1).float() * 2 * mean
+        return unpack_bits(packed, header.elements, 1).float() * 2 * mean
 '''
 
 

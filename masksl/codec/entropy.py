@@ -44,7 +44,8 @@ import numpy as np
 import torch
 import zstandard
 
-from masksl.codec.wire import FrameError, pack_bits, packed_size, to_tensor, unpack_bits
+from masksl.codec.bits import pack_bits, packed_size, unpack_bits
+from masksl.codec.wire import FrameError, to_tensor
 
 NONE, COARSE, FINE = 0, 1, 2  # contexts of a plane
 _NEIGHBOURS = {NONE: 1, COARSE: 16, FINE: 144}

@@ -1,8 +1,8 @@
-"""What payloads are made of: values, signs, planes of symbols, and positions.
+"""Parts of payloads: values, signs, planes of symbols, and positions.
 
-A plane holds one small symbol for every element. It travels bit-packed, or through a
-lossless stage where that makes it smaller. The positions of kept elements travel as a
-plane of one bit, as indices or as gaps.
+A plane holds one small symbol for every element. It is encoded bit-packed, or by a
+lossless stage if that is smaller. The positions of kept elements are encoded as a plane
+of one bit, as indices or as gaps.
 """
 
 import math
@@ -12,6 +12,15 @@ import numpy as np
 import torch
 
 from masksl.codec import entropy, topk, wire
+from masksl.codec.bits import (
+    all_finite,
+    chunks,
+    count_symbols,
+    look_up,
+    pack_bits,
+    packed_size,
+    unpack_bits,
+)
 from masksl.codec.wire import FrameError
 
 Bounds = tuple[float, float]  # least and largest element of a tensor
@@ -31,7 +40,7 @@ class NotFiniteError(ValueError):
 def finite_bounds(flat: torch.Tensor, name: str) -> Bounds:
     """Return the least and the largest element; raise `NotFiniteError` unless finite.
 
-    Both cross to the host together: one wait where the tensor is on a GPU.
+    Both are copied to the host together: one synchronisation on a GPU.
     """
     lo, hi = torch.stack(flat.aminmax()).tolist()
     if not (math.isfinite(lo) and math.isfinite(hi)):
@@ -41,20 +50,20 @@ def finite_bounds(flat: torch.Tensor, name: str) -> Bounds:
 
 
 def working(flat: torch.Tensor) -> torch.Tensor:
-    """Return the elements in the type that is computed with."""
+    """Convert the elements to the type of the computation."""
     return flat.float() if flat.dtype in _HALF else flat
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that is computed with: float32, or float64 for float64."""
+    """Return the type of the computation: float32, or float64 for float64."""
     return torch.float32 if dtype in _HALF else dtype
 
 
 def narrow(values: torch.Tensor, to: str, bounds: Bounds, name: str) -> torch.Tensor:
-    """Return values in the type that they travel in.
+    """Convert values to the type that they are sent in.
 
-    ``float32`` keeps the tensor's own type, so that nothing is lost. What lies within
-    ``bounds`` that the type can hold need not be looked at.
+    ``float32`` keeps the tensor's own type, so that nothing is lost. Values are checked
+    only if ``bounds`` exceed the range of the type.
     """
     if to == "float32" or values.dtype in _HALF:
         return values
@@ -70,7 +79,7 @@ def narrow(values: torch.Tensor, to: str, bounds: Bounds, name: str) -> torch.Te
 
 
 def value_dtype(header: wire.Header, code: int) -> torch.dtype:
-    """Return the type that values travelled in, the tensor's own or a narrower one."""
+    """Return the type of sent values, the tensor's own or a narrower one."""
     dtype = wire.DTYPES.get(code)
     narrowed = dtype in _HALF and header.dtype not in _HALF
     if dtype is None or not (dtype == header.dtype or narrowed):
@@ -88,27 +97,27 @@ def read_values(
     device: torch.device | str,
 ) -> torch.Tensor:
     """Return values of the payload; they must be finite."""
-    if not wire.all_finite(payload, dtype):
+    if not all_finite(payload, dtype):
         raise FrameError(f"{header.compressor} frame holds values that are not finite")
     return wire.to_tensor(payload, dtype, device)
 
 
 def sign_bytes(header: wire.Header, signed: int) -> int:
-    """Return the bytes of a sign bit an element, none where there are no signs."""
-    return wire.packed_size(header.elements, 1) if signed else 0
+    """Return the size in bytes of one sign bit an element, 0 without signs."""
+    return packed_size(header.elements, 1) if signed else 0
 
 
 def apply_signs(flat: torch.Tensor, signs: memoryview) -> torch.Tensor:
     """Negate elements by a bit each."""
     packed = wire.to_tensor(signs, torch.uint8, flat.device)
-    negative = wire.unpack_bits(packed, flat.numel(), 1).view(torch.bool)
+    negative = unpack_bits(packed, flat.numel(), 1).view(torch.bool)
     return torch.where(negative, -flat, flat)
 
 
 def write_plane(
     symbols: torch.Tensor, bits: int, shape: tuple[int, ...], lossless: str
 ) -> tuple[int, wire.Part]:
-    """Return how a plane of symbols travels, and its bytes.
+    """Encode a plane of symbols; return its form and its bytes.
 
     Parameters
     ----------
@@ -123,8 +132,8 @@ def write_plane(
         symbols of up to eight bits by their neighbours, each if that is smaller;
         ``auto`` takes the smallest of all.
     """
-    best: tuple[int, wire.Part] = _RAW, wire.pack_bits(symbols, bits)
-    size = wire.packed_size(symbols.numel(), bits)
+    best: tuple[int, wire.Part] = _RAW, pack_bits(symbols, bits)
+    size = packed_size(symbols.numel(), bits)
     if lossless in ("fast", "auto"):
         coded = entropy.deflate(*wire.to_host([best[1]]))
         if len(coded) < size:
@@ -145,7 +154,7 @@ def read_plane(
     levels: Callable[[], torch.Tensor],
     marked: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Return what the symbols that `write_plane` wrote stand for.
+    """Decode a plane of symbols and look up the level of each.
 
     Parameters
     ----------
@@ -154,12 +163,12 @@ def read_plane(
     payload : memoryview
         The plane alone.
     bits, form : int
-        Bits of a symbol, and how the plane travels.
+        Bits of a symbol, and the form of the plane.
     levels : Callable[[], torch.Tensor]
-        Makes, once everything has been checked, what each symbol stands for: shape
-        (2**bits,), of any type, on the device where the elements go.
+        Returns the level of each symbol: shape (2**bits,), of any type, on the device
+        of the elements. Called after all checks.
     marked : tuple[int, int] | None
-        A symbol, and how often it must occur.
+        A symbol, and its expected number of occurrences.
 
     Returns
     -------
@@ -167,7 +176,7 @@ def read_plane(
         Shape (d,), of the type and on the device of the levels.
     """
     count = header.elements
-    size = wire.packed_size(count, bits)
+    size = packed_size(count, bits)
     if form == _CONTEXT and bits <= 8:
         plane = entropy.decode_plane(payload, 2**bits, header.shape)
         if marked is not None:
@@ -180,17 +189,17 @@ def read_plane(
         raise FrameError(f"{header.compressor} frame has a plane of form {form}")
     wire.check_payload(header, payload, size)
     if marked is not None:
-        found = wire.count_symbols(payload, count, bits, marked[0])
+        found = count_symbols(payload, count, bits, marked[0])
         check_marked(header, found, marked[1])
     each = levels()
     packed = wire.to_tensor(payload, torch.uint8, each.device)
-    return wire.look_up(packed, each, count, bits)
+    return look_up(packed, each, count, bits)
 
 
 def write_positions(
     chosen: torch.Tensor, shape: tuple[int, ...], lossless: str, *, gaps: bool
 ) -> tuple[int, wire.Part]:
-    """Return how positions travel, and their bytes: the smallest that is allowed.
+    """Encode positions in the smallest allowed form; return the form and the bytes.
 
     Parameters
     ----------
@@ -234,7 +243,7 @@ def read_positions(
         mask = read_plane(header, payload, 1, form, lambda: levels, marked=(1, kept))
         return topk.positions(mask, kept)
     wire.check_payload(header, payload, 4 * kept)
-    for part in wire.chunks(payload, "<u4"):
+    for part in chunks(payload, "<u4"):
         if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):
             raise FrameError(
                 f"{header.compressor} frame has indices that do not ascend "
@@ -243,8 +252,30 @@ def read_positions(
     return wire.to_tensor(payload, torch.int32, device).long()
 
 
+SCOPES = ("tensor", "sample")
+"""Where elements are selected: among all, or in each sample apart."""
+
+
+def rows(shape: tuple[int, ...], scope: str) -> int:
+    """Return the number of rows of a tensor; elements are selected in each row."""
+    return shape[0] if scope == "sample" and shape else 1
+
+
+def check_kept(header: wire.Header, kept: int, scope: int) -> int:
+    """Check the number of kept elements of a row; return the number of rows."""
+    if scope >= len(SCOPES):
+        raise FrameError(f"{header.compressor} frame has the unknown scope {scope}")
+    number = rows(header.shape, SCOPES[scope])
+    if not 1 <= kept <= header.elements // number:
+        raise FrameError(
+            f"{header.compressor} frame keeps {kept} of {header.elements // number} "
+            "elements"
+        )
+    return number
+
+
 def check_marked(header: wire.Header, found: int, kept: int) -> None:
-    """Raise `FrameError` unless as many elements are marked as are kept."""
+    """Raise `FrameError` unless the number of marked elements is that of kept ones."""
     if found != kept:
         raise FrameError(
             f"{header.compressor} frame keeps {kept} elements but marks {found}"
@@ -254,7 +285,7 @@ def check_marked(header: wire.Header, found: int, kept: int) -> None:
 def split(
     header: wire.Header, payload: memoryview, *sizes: int
 ) -> tuple[memoryview, ...]:
-    """Cut known parts off the payload's front; the rest comes last."""
+    """Split parts of known size off the front of the payload; the rest is last."""
     if len(payload) < sum(sizes):
         raise FrameError(
             f"{header.compressor} frame has a payload of {len(payload)} bytes, "

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masksl.codec import wire
+from masksl.codec.bits import count_symbols, pack_bits, packed_size, unpack_bits
 from masksl.compress import COMPRESSORS, decode, make
 
 
@@ -21,27 +22,27 @@ def test_packing_is_lossless_and_dense(bits: int, count: int, seed: int) -> None
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.uint8 if bits <= 8 else torch.int32
     symbols = torch.randint(0, 2**bits, (count,), generator=generator).to(dtype)
-    packed = wire.pack_bits(symbols, bits)
+    packed = pack_bits(symbols, bits)
     dense = (count * bits + 7) // 8
     split = count + (count * (bits - 8) + 7) // 8
     assert packed.dtype == torch.uint8
-    assert packed.numel() == wire.packed_size(count, bits) == min(dense, split)
-    assert torch.equal(wire.unpack_bits(packed, count, bits), symbols)
+    assert packed.numel() == packed_size(count, bits) == min(dense, split)
+    assert torch.equal(unpack_bits(packed, count, bits), symbols)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packing_is_one_little_endian_number(bits: int) -> None:
     symbols = [(7 * i + 3) % 2**bits for i in range(21)]
     number = sum(symbol << (bits * i) for i, symbol in enumerate(symbols))
-    packed = wire.pack_bits(torch.tensor(symbols, dtype=torch.uint8), bits)
+    packed = pack_bits(torch.tensor(symbols, dtype=torch.uint8), bits)
     assert bytes(packed.tolist()) == number.to_bytes((21 * bits + 7) // 8, "little")
 
 
 def test_counting_in_pieces_counts_all() -> None:
     symbols = torch.randint(0, 8, (300_001,), dtype=torch.uint8)
-    packed = memoryview(wire.pack_bits(symbols, 3).numpy())
+    packed = memoryview(pack_bits(symbols, 3).numpy())
     for symbol in (0, 7):
-        found = wire.count_symbols(packed, 300_001, 3, symbol)
+        found = count_symbols(packed, 300_001, 3, symbol)
         assert found == int((symbols == symbol).sum())
 
 

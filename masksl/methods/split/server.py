@@ -10,7 +10,6 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
 from masksl import model
-from masksl.compress import Compressor, FrameError, decode, kept_positions
 from masksl.dataset import DATASETS, Spec, batches
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
@@ -23,11 +22,10 @@ from masksl.methods.split.messages import (
     EVALUATE,
     FORWARD,
     GRADIENT,
-    labels_of,
 )
+from masksl.methods.split.payloads import Payloads
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
-from masksl.runtime.compressors import compressor_of
 from masksl.runtime.ledger import Traffic, compression_factor
 from masksl.runtime.messages import RunError, ends_run, metrics_of
 from masksl.runtime.round import Round
@@ -88,15 +86,7 @@ class SplitServer(ServerMethod):
         self.shared = shared
         self.run = RunConfig.of(settings)
         self.optimizer = read(OptimizerConfig, settings, "optimizer")
-        self.gradient_compressor: Compressor = compressor_of(
-            settings, "gradient_compressor"
-        )
-        self._activation_shape = torch.Size(activation_shape)
-        self._classes = DATASETS[str(settings["dataset.name"])].classes
-        self._labels = {
-            slot: f"{slot} {settings[f'{slot}.name']}"
-            for slot in ("compressor", "gradient_compressor")
-        }
+        self.payloads = Payloads(settings, activation_shape, half.device)
         self._sums = _Sums()
 
     @classmethod
@@ -143,7 +133,7 @@ class SplitServer(ServerMethod):
         sent = {c.number: self._request(round_, c, step) for c in clients}
         for client in clients:
             self._attach_model(round_, client, sent[client.number], step)
-        label = self._labels["compressor"]
+        label = self.payloads.compressor
         replies = round_.exchange(FORWARD, sent, step=step, label=label)
         clients = [c for c in clients if c.number in replies]
         if not clients:
@@ -155,12 +145,21 @@ class SplitServer(ServerMethod):
             for c, g in zip(clients, gradients, strict=True)
         }
         if self.config.gradient_positions == "kept":
-            gradients = self._at_kept(round_, clients, gradients, replies, step)
-        sent = self._gradient_messages(round_, clients, gradients, step)
+            for i, client in enumerate(clients):
+                reply = replies[client.number]
+                gradients[i] = self.payloads.at_kept(
+                    round_, client.number, gradients[i], reply, step
+                )
+        sent = {}
+        for client, gradient in zip(clients, gradients, strict=True):
+            content = sent[client.number] = self._request(round_, client, step)
+            content[GRADIENT] = self.payloads.encode_gradient(
+                round_, client.number, gradient, step
+            )
         del gradients  # as large as all frames of `none` together
         if not math.isfinite(loss):
             raise RunError(f"{round_.place(step)}: loss not finite")
-        label = self._labels["gradient_compressor"]
+        label = self.payloads.gradient_compressor
         replies = round_.exchange(BACKWARD, sent, step=step, label=label, full=full)
         self._collect(round_, replies, sizes, step)
         return loss
@@ -202,7 +201,9 @@ class SplitServer(ServerMethod):
         activations, labels = [], []
         for client in clients:
             content = replies[client.number]
-            activation, own_labels = self._decode(round_, client, content, step)
+            activation, own_labels = self.payloads.decode(
+                round_, client.number, content, step
+            )
             activations.append(activation)
             labels.append(own_labels)
             metrics = metrics_of(content)
@@ -215,62 +216,6 @@ class SplitServer(ServerMethod):
             )
         round_.add_loss(loss, sum(map(len, labels)))
         return gradients, loss
-
-    def _decode(
-        self, round_: Round, client: ClientInfo, content: RecordDict, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the activation and the labels of a reply."""
-        with ends_run(round_.place(step, client.number, self._labels["compressor"])):
-            frame = messages.frame_of(content, ACTIVATION)
-            with round_.watch("codec"):
-                activation = decode(frame, device=self.half.device)
-            expected = self._activation_shape
-            if activation.shape[1:] != expected or activation.dtype != torch.float32:
-                sizes = ", ".join(map(str, expected))
-                raise FrameError(
-                    f"activation of shape {tuple(activation.shape)}, "
-                    f"{activation.dtype}, expected (n, {sizes}), float32"
-                )
-            labels = labels_of(content, self._classes, len(activation))
-            return activation, labels.to(self.half.device)
-
-    def _at_kept(
-        self,
-        round_: Round,
-        clients: Sequence[ClientInfo],
-        gradients: Sequence[torch.Tensor],
-        replies: Mapping[int, RecordDict],
-        step: int,
-    ) -> list[torch.Tensor]:
-        """Return each gradient, shape (k,), at the positions kept by its activation."""
-        selected = []
-        for client, gradient in zip(clients, gradients, strict=True):
-            label = self._labels["compressor"]
-            with ends_run(round_.place(step, client.number, label)):
-                frame = messages.frame_of(replies[client.number], ACTIVATION)
-                positions = kept_positions(frame, device=gradient.device)
-            selected.append(gradient.flatten()[positions])
-        return selected
-
-    def _gradient_messages(
-        self,
-        round_: Round,
-        clients: Sequence[ClientInfo],
-        gradients: Sequence[torch.Tensor],
-        step: int,
-    ) -> dict[int, RecordDict]:
-        """Return the message of each client with its gradient."""
-        sent = {}
-        for client, gradient in zip(clients, gradients, strict=True):
-            content = self._request(round_, client, step)
-            label = self._labels["gradient_compressor"]
-            with ends_run(round_.place(step, client.number, label)):
-                seed = round_.seed("compress.gradient", client.number, step)
-                with round_.watch("codec"):
-                    frame = self.gradient_compressor.encode(gradient, seed=seed)
-            content[GRADIENT] = messages.frame_record(frame)
-            sent[client.number] = content
-        return sent
 
     def _collect(
         self,
@@ -331,12 +276,11 @@ class SplitServer(ServerMethod):
         sent = {c.number: self._request(round_, c, step) for c in clients}
         for client in clients:
             self._attach_model(round_, client, sent[client.number], step)
-        label = self._labels["compressor"]
+        label = self.payloads.compressor
         replies = round_.exchange(EVALUATE, sent, step=step, label=label)
         score = Score()
         for number, content in replies.items():
-            client = round_.manager.clients[number]
-            activation, labels = self._decode(round_, client, content, step)
+            activation, labels = self.payloads.decode(round_, number, content, step)
             with round_.watch("server"):
                 score += self.half.evaluate(activation, labels)
         return score

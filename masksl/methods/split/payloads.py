@@ -1,0 +1,96 @@
+"""Payloads at the cut, as the server sees them: activations and gradients."""
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+
+from masksl.compress import FrameError, decode, kept_positions
+from masksl.dataset import DATASETS
+from masksl.methods.split.messages import ACTIVATION, labels_of
+from masksl.runtime import messages
+from masksl.runtime.compressors import compressor_of
+from masksl.runtime.messages import ends_run
+from masksl.runtime.round import Round
+from masksl.settings import Settings
+
+
+class Payloads:
+    """Decodes activations and encodes gradients.
+
+    Every method raises `RunError` with round, step, client and compressor if a frame is
+    broken or values are not finite.
+
+    Parameters
+    ----------
+    settings : Settings
+        Configuration of the run.
+    activation_shape : tuple[int, ...]
+        Shape of a sample's activation.
+    device : torch.device
+        Device of the server half.
+
+    Attributes
+    ----------
+    compressor, gradient_compressor : str
+        Slot and name of the compressors in words, for error lines.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        activation_shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self.compressor = f"compressor {settings['compressor.name']}"
+        name = settings["gradient_compressor.name"]
+        self.gradient_compressor = f"gradient_compressor {name}"
+        self._encoder = compressor_of(settings, "gradient_compressor")
+        self._shape = torch.Size(activation_shape)
+        self._classes = DATASETS[str(settings["dataset.name"])].classes
+        self._device = device
+
+    def decode(
+        self, round_: Round, client: int, content: RecordDict, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode the activation and the labels of a reply.
+
+        Returns
+        -------
+        tuple[torch.Tensor, torch.Tensor]
+            float32, shape (n, ...), and int64, shape (n,), on the device of the half.
+        """
+        with ends_run(round_.place(step, client, self.compressor)):
+            frame = messages.frame_of(content, ACTIVATION)
+            with round_.watch("codec"):
+                activation = decode(frame, device=self._device)
+            if activation.shape[1:] != self._shape or activation.dtype != torch.float32:
+                sizes = ", ".join(map(str, self._shape))
+                raise FrameError(
+                    f"activation of shape {tuple(activation.shape)}, "
+                    f"{activation.dtype}, expected (n, {sizes}), float32"
+                )
+            labels = labels_of(content, self._classes, len(activation))
+            return activation, labels.to(self._device)
+
+    # pylint: disable-next=too-many-arguments,too-many-positional-arguments
+    def at_kept(
+        self,
+        round_: Round,
+        client: int,
+        gradient: torch.Tensor,
+        reply: RecordDict,
+        step: int,
+    ) -> torch.Tensor:
+        """Return a gradient, shape (k,), at the positions kept by its activation."""
+        with ends_run(round_.place(step, client, self.compressor)):
+            frame = messages.frame_of(reply, ACTIVATION)
+            positions = kept_positions(frame, device=gradient.device)
+        return gradient.flatten()[positions]
+
+    def encode_gradient(
+        self, round_: Round, client: int, gradient: torch.Tensor, step: int
+    ) -> ArrayRecord:
+        """Encode the gradient of a client."""
+        with ends_run(round_.place(step, client, self.gradient_compressor)):
+            seed = round_.seed("compress.gradient", client, step)
+            with round_.watch("codec"):
+                return messages.frame_record(self._encoder.encode(gradient, seed=seed))
