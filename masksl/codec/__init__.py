@@ -1,1 +1,4 @@
-"""What compressors are made of: frames, bits, planes, coders. No Flower."""
+"""What compressors are made of: frames, bits, planes, coders.
+
+No Flower.
+"""

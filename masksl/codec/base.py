@@ -165,9 +165,10 @@ class Compressor(ABC):
         Raises
         ------
         FrameError
-            If the payload does not match the header.
+            If the payload does not match the header, or the compressor has no positions.
         """
-        raise NotImplementedError(f"{header.compressor} keeps no positions")
+        del payload, device
+        raise FrameError(f"{header.compressor} frame has no positions")
 
 
 def register(cls: Class) -> Class:
