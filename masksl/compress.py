@@ -654,9 +654,9 @@ class EntropyCodedQuantization(Compressor):
         def cost(quantizer: scalar.Quantizer) -> float:
             return self._bits_of(quantizer, magnitude, shape, signed)
 
-        aim = scalar.Aim(self.step, self.bits, self.error, self.deadzone)
+        target = scalar.Target(self.step, self.bits, self.error, self.deadzone)
         largest = max(map(abs, bounds))
-        quantizer = scalar.steer(work, magnitude, largest, aim, cost)
+        quantizer = scalar.choose_quantizer(work, magnitude, largest, target, cost)
         symbols = quantizer.symbols(magnitude)
         alphabet = int(symbols.amax()) + 1
         plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)

@@ -7,23 +7,22 @@ from masksl.compress import Compressor, decode
 
 
 class CompressedCut(nn.Module):
-    """Sends what passes through it through a compressor, gradients straight.
+    """Compresses tensors that pass through it, with a straight-through gradient.
 
-    The forward pass encodes and decodes; the backward pass counts the compressor as the
-    identity, so that the module before it gets the gradient with respect to the decoded
-    tensor as it is.
+    The forward pass encodes and decodes. The backward pass treats the compressor as the
+    identity: it returns the gradient with respect to the decoded tensor unchanged.
 
     Parameters
     ----------
     compressor : Compressor
-        What `masksl.compress.make` returns.
+        A compressor made by `masksl.compress.make`.
     seed : int
-        Seed of what the compressor draws; each forward pass takes the next one.
+        Seed of random draws; each forward pass uses the next one.
 
     Attributes
     ----------
     elements : int
-        Elements that have passed so far.
+        Number of compressed elements so far.
     bytes : int
         Bytes of their frames.
 
@@ -48,7 +47,7 @@ class CompressedCut(nn.Module):
         self._seed = seed
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as it comes out on the other side.
+        """Encode and decode a tensor.
 
         Raises
         ------
@@ -68,7 +67,7 @@ class CompressedCut(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):  # pylint: disable=abstract-method
-    """The second argument's value with the first one's gradient."""
+    """Returns its second argument; the gradient goes to the first one."""
 
     @staticmethod
     def forward(ctx, tensor, decoded):  # pylint: disable=arguments-differ
@@ -78,6 +77,6 @@ class _StraightThrough(torch.autograd.Function):  # pylint: disable=abstract-met
 
     @staticmethod
     def backward(ctx, gradient):  # pylint: disable=arguments-differ
-        """Hand the gradient through."""
+        """Return the gradient unchanged."""
         del ctx
         return gradient, None

@@ -165,7 +165,7 @@ class Compressor(ABC):
         Raises
         ------
         FrameError
-            If the payload does not match the header, or the compressor has no positions.
+            If the payload does not match the header, or there are no positions.
         """
         del payload, device
         raise FrameError(f"{header.compressor} frame has no positions")

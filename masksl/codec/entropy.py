@@ -1,21 +1,21 @@
 """Entropy coding of symbol planes: neighbours predict each other.
 
-A plane is one small symbol for every element of a tensor. Where the tensor holds maps
-(the last two dimensions at least 2x2), the probability table of a symbol is chosen by
-its four causal neighbours (left, above, above left, above right) and by the group that
-its channel belongs to; elsewhere one table serves all. Contexts that are alike share a
-table. Tables, groups and all else that the decoder needs are in the coded plane.
+A plane is one small symbol for every element of a tensor. If the tensor holds maps (the
+last two dimensions at least 2x2), the probability table of a symbol is chosen by its
+four causal neighbours (left, above, above left, above right) and by the group of its
+channel; otherwise one table serves all. Similar contexts share a table. The coded plane
+holds tables, groups and everything else that the decoder needs.
 
 The context of a symbol is 36 left + 9 above + 3 above left + above right, in neighbour
 classes: four classes for left and above, three for the corners, 0 beyond the edge. The
 coarse context leaves the corners out: 4 left + above.
 
-Symbols are coded along skewed diagonals (column + 2 row), so that a whole diagonal of
-every map in the batch has its neighbours decoded and can be coded at once, sorted by
-context. Where one table serves all, bytes of packed symbols are coded: 2**b - 1 stands
-for that symbol and all above it, and which of these each is comes after the last byte.
-Of b = 8, 4, 2, 1 it is the first with the least b / 8 + share of symbols from 2**b - 1
-on, by the table. The coder itself is constriction's asymmetric numeral system.
+Symbols are coded along skewed diagonals (column + 2 row): the neighbours of a whole
+diagonal of every map in the batch are decoded before it, so it is coded at once, sorted
+by context. With a single table, bytes of packed symbols of b bits are coded. The symbol
+2**b - 1 then means itself or any above it; these are told apart after the last byte. b
+is the first of 8, 4, 2, 1 with the least b / 8 + share of symbols from 2**b - 1 on, by
+the table. The coder is constriction's asymmetric numeral system.
 
 A coded plane, little-endian, is
 
@@ -63,7 +63,7 @@ _WEIGHT_OF_CODE[255] = 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How a plane is coded, and what that will cost.
+    """The contexts, groups and tables of a plane, and their estimated cost.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class Plan:
 
 
 class Plane:
-    """Symbols of a tensor, with what coding them needs more than once.
+    """Symbols of a tensor, and cached values that coding them needs repeatedly.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ class Plane:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How often each symbol occurs, int64, shape (alphabet,)."""
+        """Number of occurrences of each symbol, int64, shape (alphabet,)."""
         if self.alphabet > _FEW:
             return np.bincount(self.symbols, minlength=self.alphabet)
         found = [np.count_nonzero(self.symbols == s) for s in range(self.alphabet)]
@@ -182,7 +182,7 @@ def encode_plane(plane: Plane, plan: Plan | None = None) -> bytes:
 def decode_plane(
     payload: memoryview, alphabet: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Undo `encode_plane`.
+    """Decode a plane; the inverse of `encode_plane`.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def decode_plane(
 
 
 def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
-    """Choose contexts, groups and tables by what they will cost.
+    """Choose contexts, groups and tables by their estimated cost.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
     best = _plan(NONE, groups, bounds, counts[None].astype(np.float64))
     if not (spatial and maps.height > 1 and maps.width > 1):
         return best
-    # Tables that few symbols would share cannot pay: channels are then all alike.
+    # Tables for few symbols cost more than they save: one group for all channels.
     size = _NEIGHBOURS[FINE] * alphabet
     many = maps.channels * size > 4 * plane.symbols.size
     channels = 1 if many else maps.channels
@@ -253,7 +253,7 @@ def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
         for count in _GROUPS:
             plan = _grouped(context, tables, min(count, channels), bounds)
             if plan.total >= so_far:
-                break  # where so many groups do not pay, more will not either
+                break  # more groups would not pay either
             if channels == 1:
                 plan = replace(plan, groups=groups)
             so_far = plan.total
@@ -265,7 +265,7 @@ def make_plan(plane: Plane, *, spatial: bool = True) -> Plan:
 
 def _with_fewer_tables(plan: Plan, counts: np.ndarray) -> Plan:
     """Return the plan with as many tables as pay, for counts by channel."""
-    groups = plan.groups[: len(counts)]  # one, where channels were not told apart
+    groups = plan.groups[: len(counts)]  # one, if channels were not distinguished
     merged = _sum_by(groups, counts, int(groups.max()) + 1)
     flat = merged.reshape(-1, counts.shape[2])
     for tables in _FEWER_TABLES:
@@ -389,12 +389,12 @@ def _sum_by(labels: np.ndarray, counts: np.ndarray, number: int) -> np.ndarray:
 
 
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the matrix product, on the threads that PyTorch has been given."""
+    """Return the matrix product, on PyTorch's threads."""
     return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def _link(counts: np.ndarray, tables: int) -> np.ndarray:
-    """Let contexts that are alike share a table; deterministic.
+    """Merge the tables of similar contexts; deterministic.
 
     Parameters
     ----------
@@ -438,7 +438,7 @@ def _grouped(
 
 
 def _cluster(tables: np.ndarray, count: int) -> np.ndarray:
-    """Group channels whose symbols are alike, by code length; deterministic.
+    """Group channels with similar symbols, by code length; deterministic.
 
     Parameters
     ----------
@@ -470,7 +470,7 @@ def _weights(codes: np.ndarray) -> np.ndarray:
     Whole numbers, so that every machine makes the same model of them.
     """
     weights = _WEIGHT_OF_CODE[codes]
-    if codes.shape[1] == 1:  # the coder wants at least two symbols
+    if codes.shape[1] == 1:  # the coder requires at least two symbols
         weights = np.pad(weights, ((0, 0), (0, 1)))
     weights[weights.sum(1) == 0, 0] = 1
     return weights
@@ -517,7 +517,7 @@ def deflate(data: memoryview) -> bytes:
 
 
 def inflate(data: memoryview, size: int) -> bytes:
-    """Undo `deflate`; `FrameError` unless that gives exactly ``size`` bytes."""
+    """Decompress the output of `deflate`; `FrameError` unless it has ``size`` bytes."""
     try:
         if zstandard.frame_content_size(data) != size:
             raise FrameError(f"compressed part does not hold {size} bytes")
@@ -566,7 +566,7 @@ def encode_gaps(positions: np.ndarray, count: int) -> bytes | None:
 
 
 def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
-    """Undo `encode_gaps`.
+    """Decode positions; the inverse of `encode_gaps`.
 
     Parameters
     ----------
@@ -609,7 +609,7 @@ def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
 
 
 def _packing(weights: np.ndarray) -> int:
-    """Return in how many bits symbols are best packed: fewest steps of the coder."""
+    """Return the bits of packed symbols with the fewest steps of the coder."""
     total = weights.sum()
     steps = {b: b / 8 + weights[2**b - 1 :].sum() / total for b in (8, 4, 2, 1)}
     return min(steps, key=lambda bits: steps[bits])

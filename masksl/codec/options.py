@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Check a share of elements that are dropped."""
+    """Check the share of dropped elements."""
     number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
     if not (number and 0 <= sparsity < 1):
         raise ValueError(f"sparsity={sparsity!r}: must be at least 0 and less than 1")
 
 
 def check_whole(option: str, value: int, least: int, most: int) -> None:
-    """Check a whole number within bounds, both allowed."""
+    """Check that a whole number is within inclusive bounds."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not (whole and least <= value <= most):
         raise ValueError(
@@ -20,7 +20,7 @@ def check_whole(option: str, value: int, least: int, most: int) -> None:
 
 
 def check_number(option: str, value: float, least: float, most: float) -> None:
-    """Check a number from a least on and less than a most."""
+    """Check that a number is at least ``least`` and less than ``most``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and least <= value < most):
         raise ValueError(
@@ -29,6 +29,6 @@ def check_number(option: str, value: float, least: float, most: float) -> None:
 
 
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    """Check a choice among names."""
+    """Check that a value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{option}={value!r}: must be one of {', '.join(allowed)}")

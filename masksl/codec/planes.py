@@ -30,7 +30,7 @@ LOSSLESS = ("none", "fast", "context", "auto")
 
 _HALF = (torch.float16, torch.bfloat16)
 _RAW, _FAST, _CONTEXT = 0, 1, 2  # how a plane of symbols travels
-_INDICES, _GAPS = 16, 17  # how positions travel that are no plane
+_INDICES, _GAPS = 16, 17  # forms of positions beside those of planes
 
 
 class NotFiniteError(ValueError):

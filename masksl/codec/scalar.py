@@ -1,4 +1,4 @@
-"""Scalar quantisers: what they do to a tensor, and which dead zone and step to take."""
+"""Scalar quantisers, and the choice of their step and dead zone."""
 
 import math
 from collections.abc import Callable
@@ -8,22 +8,22 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-_TRIES = 8  # at a budget
-_CLOSE = 0.004  # relative, near enough to it
-_BLOCK = 2**20  # elements that are worked on together, so that they stay in the cache
+_TRIES = 8  # quantisers that are tried to meet a budget
+_CLOSE = 0.004  # relative tolerance of a budget
+_BLOCK = 2**20  # elements of a block that fits the cache
 
 
 def to_symbols(
     magnitude: torch.Tensor, level: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return what a function makes of flat magnitudes, cut off to uint8.
+    """Apply a function to flat magnitudes and truncate the results to uint8.
 
     Parameters
     ----------
     magnitude : torch.Tensor
         Shape (d,).
     level : Callable[[torch.Tensor], torch.Tensor]
-        Element by element; 0 to less than 256.
+        Elementwise; its values are from 0 to less than 256.
     """
     if magnitude.device.type != "cpu":
         return level(magnitude).to(torch.uint8)
@@ -37,8 +37,8 @@ def to_symbols(
 def number(value: float, like: torch.Tensor) -> torch.Tensor:
     """Return a number as a tensor to divide by, of the type and device of another.
 
-    By a number that is none, GPUs multiply with its reciprocal, which rounds otherwise.
-    What is beyond the type becomes infinite.
+    Dividing by a Python float lets CUDA multiply by the reciprocal, which rounds
+    differently; dividing by a tensor does not. Values beyond the type become infinite.
     """
     exact = torch.full((), value, dtype=torch.float64, device=like.device)
     return exact.to(like.dtype)
@@ -74,7 +74,7 @@ class Quantizer:
     step: float
     deadzone: float
 
-    LAST: ClassVar[int] = 255  # symbol of what is sent exactly
+    LAST: ClassVar[int] = 255  # symbol of elements that are sent exactly
 
     def symbols(self, magnitude: torch.Tensor) -> torch.Tensor:
         """Return the symbol of every magnitude, uint8."""
@@ -92,21 +92,23 @@ class Quantizer:
 
 
 class Sample:
-    """Some magnitudes of a tensor, to measure quantisers by.
+    """A sample of the magnitudes of a tensor, to measure quantisers by.
 
     Parameters
     ----------
     magnitude : torch.Tensor
         Shape (d,), not negative.
     size : int
-        About how many of them to take, spread over the tensor.
+        Approximate size of the sample, spread over the tensor.
     signed : bool
-        Whether what is quantised has signs.
+        Whether the tensor has signs.
     """
 
     def __init__(self, magnitude: torch.Tensor, size: int, signed: bool) -> None:
         stride = max(1, magnitude.numel() // size)
-        while math.gcd(stride, magnitude.numel()) > 1:  # no column again and again
+        while (
+            math.gcd(stride, magnitude.numel()) > 1
+        ):  # otherwise it would sample the same columns
             stride += 1
         self._ascending = np.sort(magnitude[::stride].cpu().numpy()).astype(np.float64)
         self._unit = float(self._ascending[-1]) or 1.0
@@ -142,8 +144,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What steers a quantiser: one of a step, a budget and an error, and a dead zone.
+class Target:
+    """Target of a quantiser: one of a step, a budget and an error, and a dead zone.
 
     Parameters
     ----------
@@ -152,9 +154,9 @@ class Aim:
     bits : float | None
         Bits an element.
     error : float | None
-        Relative error; 0.25 where none of the three is given.
+        Relative error; 0.25 if none of the three is given.
     deadzone : float | None
-        Width of symbol 0 in steps; None takes the best by a sample.
+        Width of symbol 0 in steps; None chooses the best on a sample.
     """
 
     step: float | None
@@ -163,38 +165,38 @@ class Aim:
     deadzone: float | None
 
 
-def steer(
+def choose_quantizer(
     work: torch.Tensor,
     magnitude: torch.Tensor,
     largest: float,
-    aim: Aim,
+    target: Target,
     cost: Callable[[Quantizer], float],
 ) -> Quantizer:
-    """Return the quantiser that an aim asks for.
+    """Choose the quantiser that meets a target.
 
     Parameters
     ----------
     work : torch.Tensor
-        float32 or float64, shape (d,): what is quantised.
+        float32 or float64, shape (d,): the elements.
     magnitude : torch.Tensor
-        Its magnitudes; the same tensor where it has no negative values.
+        Their magnitudes; the same tensor if there are no negative values.
     largest : float
-        The largest of them.
-    aim : Aim
-        What is asked for.
+        The largest magnitude.
+    target : Target
+        What the quantiser must meet.
     cost : Callable[[Quantizer], float]
-        What a quantiser costs, in bits an element; asked where a budget steers.
+        Returns the cost of a quantiser in bits an element; called for a budget.
     """
     largest = largest or 1.0
     least = torch.finfo(work.dtype).tiny
     bounds = math.log(largest * 1e-12), math.log(largest * 4)
-    error = 0.25 if aim.error is None else aim.error
+    error = 0.25 if target.error is None else target.error
     sample = Sample(magnitude, 2**17, magnitude is not work)
     width = None
-    if aim.step is not None:
+    if target.step is not None:
         spread = work.std(correction=0).item() if work.numel() > 1 else 0.0
-        width = aim.step * (spread or largest)
-    deadzone = aim.deadzone
+        width = target.step * (spread or largest)
+    deadzone = target.deadzone
     if deadzone is None:
         deadzone = best_deadzone(sample, width, error, bounds)
 
@@ -203,17 +205,17 @@ def steer(
 
     if width is not None:
         return at(width)
-    if aim.bits is not None:
-        return meet_bits(aim.bits, at, sample, bounds, cost)
+    if target.bits is not None:
+        return meet_bits(target.bits, at, sample, bounds, cost)
     return at(search(lambda step: sample.error(at(step)), error, bounds, True))
 
 
 def best_deadzone(
     sample: Sample, step: float | None, target: float, bounds: tuple[float, float]
 ) -> float:
-    """Return the dead zone that needs the fewest bits for the same error.
+    """Return the dead zone with the fewest bits at the same error.
 
-    The error is ``target``, or what a step with the narrowest dead zone gives.
+    The error is ``target``, or that of the step with the narrowest dead zone.
     """
     if step is not None:
         target = sample.error(Quantizer(step, 0.55))
@@ -234,7 +236,7 @@ def search(
     bounds: tuple[float, float],
     rising: bool,
 ) -> float:
-    """Return where a monotone function of a step meets a target, by bisection.
+    """Find the step at which a monotone function meets a target, by bisection.
 
     ``bounds`` are logarithms of the step.
     """
@@ -255,10 +257,10 @@ def meet_bits(
     bounds: tuple[float, float],
     cost: Callable[[Quantizer], float],
 ) -> Quantizer:
-    """Return the quantiser that costs so many bits.
+    """Return the quantiser that meets a budget.
 
-    The entropy of a sample, which is found quickly, tells the step; what it is off by
-    is measured a few times.
+    The entropy of a sample, which is fast to compute, gives a step. The deviation from
+    the budget is measured a few times, and corrected.
 
     Parameters
     ----------
@@ -267,21 +269,21 @@ def meet_bits(
     at : Callable[[float], Quantizer]
         The quantiser of a step.
     sample : Sample
-        Some of the magnitudes.
+        A sample of the magnitudes.
     bounds : tuple[float, float]
         Logarithms of the least and the largest step.
     cost : Callable[[Quantizer], float]
-        What a quantiser really costs, in bits an element.
+        Returns the true cost of a quantiser in bits an element.
     """
     aim, slope = math.log(target), 1.0
-    found: list[tuple[float, float, Quantizer]] = []  # off by, aim
+    tried: list[tuple[float, float, Quantizer]] = []  # deviation, aim
     for _ in range(_TRIES):
         step = search(lambda w: sample.bits(at(w)), math.exp(aim), bounds, False)
         off = math.log(cost(at(step)) / target)
-        found.append((off, aim, at(step)))
+        tried.append((off, aim, at(step)))
         if abs(off) < _CLOSE:
             break
-        if len(found) > 1 and found[-2][1] != aim:
-            slope = (off - found[-2][0]) / (aim - found[-2][1])
+        if len(tried) > 1 and tried[-2][1] != aim:
+            slope = (off - tried[-2][0]) / (aim - tried[-2][1])
         aim -= off / min(max(slope, 0.5), 4.0)
-    return min(found, key=lambda each: abs(each[0]))[2]
+    return min(tried, key=lambda each: abs(each[0]))[2]

@@ -1,4 +1,4 @@
-"""Which elements are kept: exact selection, ties to the lower index, no full sort."""
+"""Selection of kept elements: exact, ties to the lower index, without a full sort."""
 
 import math
 from decimal import ROUND_FLOOR, Decimal
@@ -34,12 +34,12 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
         candidates, smallest = _at_least_kth(magnitude.view(-1), k)
         if candidates.numel() == k:
             return candidates
-        del candidates  # as large as two tensors where many are tied
+        del candidates  # as large as two tensors if many are tied
     else:
         smallest = torch.cat([_kth(row, k) for row in magnitude])
     mask = magnitude >= smallest.view(-1, 1)
-    found = torch.stack([row.count_nonzero() for row in mask])  # sum(1) takes memory
-    for row, surplus in enumerate((found - k).tolist()):
+    selected = torch.stack([row.count_nonzero() for row in mask])  # sum(1) takes memory
+    for row, surplus in enumerate((selected - k).tolist()):
         if surplus:
             ties = positions(magnitude[row] == smallest[row])
             mask[row, ties[-surplus:]] = False
@@ -78,21 +78,23 @@ def draw(
         return top
     arrival = torch.empty_like(magnitude, dtype=torch.float32)
     arrival.exponential_(generator=generator)
-    speed = outside * k / ((1 - outside) * (count - k))  # of the others, top has 1
+    speed = (
+        outside * k / ((1 - outside) * (count - k))
+    )  # of the other elements; those of the top k have 1
     arrival.view(-1)[top] *= speed
     arrival.clamp_(min=torch.finfo(torch.float32).tiny)
     return largest(arrival.reciprocal_(), k)
 
 
 def positions(mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
-    """Return where a flat bool tensor is true, int64, ascending.
+    """Return the positions of true elements of a flat bool tensor, int64, ascending.
 
     Parameters
     ----------
     mask : torch.Tensor
         bool, shape (n,).
     count : int | None
-        How many are true; where it is known, a GPU need not be waited for.
+        Number of true elements; if it is given, a GPU is not synchronised.
     """
     if mask.device.type == "cpu":  # NumPy is several times as fast here
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
@@ -102,21 +104,21 @@ def positions(mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
 
 
 def below_zero(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where flat values are negative, so many of them, int64, ascending."""
+    """Return the positions of ``count`` negative values, int64, ascending."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
     return positions(values < 0, count)
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the elements of a flat tensor where a bool one is true."""
+    """Return the elements of a flat tensor at the true elements of a mask."""
     if mask.device.type == "cpu":  # NumPy needs no positions for it
         return torch.from_numpy(values.numpy()[mask.numpy()])
     return values[mask]
 
 
 def _largest_on_device(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Do what `largest` does by whole-tensor operations that no host waits for."""
+    """Select like `largest`, by whole-tensor operations without synchronising."""
     smallest = magnitude.topk(k, sorted=False).values.amin(1, keepdim=True)
     mask, ties = magnitude > smallest, magnitude == smallest
     places = k - mask.sum(1, keepdim=True)
@@ -131,15 +133,16 @@ def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Return where flat values on the CPU reach a bound, int64, ascending."""
+    """Return the positions of values of at least a bound, int64, ascending."""
     return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
 
 
 def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where values reach the k-th largest, and that one, shape (1,).
+    """Return the positions of the k largest values and their ties, and the k-th value.
 
-    A sample gives a threshold below which it cannot well lie; the exact choice is then
-    made among the few elements above. Where fewer than k are, all are looked at.
+    A sample gives a threshold that is very likely a lower bound of the k-th value. The
+    exact selection is made among the few elements above it. If there are fewer than k,
+    it is made among all.
     """
     stride = values.numel() // 2**15
     while math.gcd(stride, values.numel()) > 1:  # not the same column of every map

@@ -245,7 +245,7 @@ def to_tensor(
     dtype : torch.dtype
         Type of the elements.
     device : torch.device | str
-        Where the tensor goes.
+        Device of the tensor.
 
     Returns
     -------
