@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel
 
 from masksl import compress, dataset, model
 from masksl.dataset import DatasetConfig
 from masksl.engine.options import ENGINES, Processes, RayOptions
 from masksl.methods import method_config, method_of
+from masksl.model import ModelConfig
 from masksl.runtime.compressors import compressor_of
 from masksl.runtime.ledger import Link
 from masksl.settings import (
@@ -25,7 +25,6 @@ from masksl.settings import (
     CheckpointConfig,
     ConfigError,
     RunConfig,
-    Section,
     Settings,
     ThreadsConfig,
     Value,
@@ -39,26 +38,6 @@ from masksl.training.compute import ComputeConfig
 from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
-
-class ModelConfig(Section):
-    """The network.
-
-    Parameters
-    ----------
-    name : str
-        A key of `masksl.model.ARCHITECTURES`.
-    """
-
-    name: str = Field("small_cnn", description="text")
-
-    @field_validator("name")
-    @classmethod
-    def _is_registered(cls, name: str) -> str:
-        if name not in model.ARCHITECTURES:
-            allowed = f"one of {', '.join(model.ARCHITECTURES)}"
-            raise PydanticCustomError("allowed", allowed)  # type: ignore[arg-type]
-        return name
 
 
 COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
 from torch import nn
 from torchvision.models import resnet18, resnet34
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -16,6 +18,28 @@ from torchvision.models.vgg import make_layers
 
 Units = list[nn.Module]
 """A network: its units in forward order."""
+
+
+class ModelConfig(
+    BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False
+):
+    """The network of a run.
+
+    Parameters
+    ----------
+    name : str
+        A key of `ARCHITECTURES`.
+    """
+
+    name: str = Field("small_cnn", description="the name of a network")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _is_registered(cls, name: object) -> object:
+        if name not in ARCHITECTURES:
+            allowed = f"one of {', '.join(ARCHITECTURES)}"
+            raise PydanticCustomError("allowed", allowed)  # type: ignore[arg-type]
+        return name
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Checkpoints: a run that was killed goes on as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
@@ -149,6 +150,26 @@ def test_broken_files_are_refused(how: str, file: str, tmp_path: Path) -> None:
     if file != "state.json":
         with pytest.raises(CheckpointError, match="cannot be read"):
             run(tmp_path / "new", *SMALL, f"resume={tmp_path}/run")
+
+
+def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
+    """One line; the tensors of format 1 had other names."""
+    checkpoint.write(tmp_path, {"w": torch.ones(1)}, {"round": 1})
+    path = tmp_path / checkpoint.FOLDER / checkpoint.STATE
+    body = json.loads(path.read_text(encoding="utf-8")) | {"format": 1}
+    del body["check"]
+    body["check"] = checkpoint._check(body)
+    path.write_text(json.dumps(body), encoding="utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read(tmp_path)
+    assert str(caught.value) == f"{path}: format 1, this version reads format 2"
+
+
+def test_results_without_a_method_are_those_of_split(tmp_path: Path) -> None:
+    (tmp_path / results.SUMMARY).write_text('{"top1": 0.5}', encoding="utf-8")
+    (tmp_path / results.CONFIG).write_text("rounds: 3\n", encoding="utf-8")
+    assert results.read_summary(tmp_path) == {"method": "split", "top1": 0.5}
+    assert results.read_config(tmp_path) == {"method.name": "split", "rounds": 3}
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
