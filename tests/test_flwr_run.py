@@ -1,4 +1,4 @@
-"""``flwr run``: the default job from pyproject.toml on a local SuperLink."""
+"""``flwr run``: a configuration from conf/ in the bundle, on a local SuperLink."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, train
 
 FLWR = Path(sys.executable).with_name("flwr")
+OVERRIDES = 'overrides="rounds=1 compressor=qu federation=paper"'
 
 
 @pytest.fixture
@@ -35,13 +36,16 @@ def home(tmp_path: Path) -> Iterator[dict[str, str]]:
         time.sleep(0.1)
 
 
-def test_flwr_run_trains_the_default_job(home: dict[str, str], tmp_path: Path) -> None:
+def test_flwr_run_composes_the_configuration(
+    home: dict[str, str], tmp_path: Path
+) -> None:
     project = tmp_path / "project"
     project.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "masksl", project / "masksl", ignore=ignored)
+    for name in ("masksl", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, project / name, ignore=ignored)
 
     def flwr(*arguments: str) -> str:
         done = subprocess.run(
@@ -58,8 +62,8 @@ def test_flwr_run_trains_the_default_job(home: dict[str, str], tmp_path: Path) -
 
     federation = ("@none/default", "local", "--num-supernodes", "10")
     flwr("federation", "simulation-config", *federation)
-    printed = flwr("run", ".", "--stream", "--run-config", "rounds=1")
-    row = train("rounds=1").rows[0]
+    printed = flwr("run", ".", "--stream", "--run-config", OVERRIDES)
+    row = train("rounds=1", "compressor=qu", "federation=paper").rows[0]
     assert f"round 1/1: top-1 {row['top1']:.2%}, training loss {row['loss']:.4f}" in (
         printed
     )
