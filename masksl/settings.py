@@ -192,16 +192,16 @@ def options(
 
 
 def parse(value: Value, type_: Any) -> Any:
-    """Return a value; text is read as YAML where the type admits null or a list.
+    """Return a value; null is None, and text is read as YAML if the type admits a list.
 
     >>> parse("null", int | None), parse("[6, 9]", tuple[int, ...]), parse("[6]", str)
     (None, (6, 9), '[6]')
     """
     if not isinstance(value, str):
         return value
-    members = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
-    if value == "null" and type(None) in members:
+    if value == "null":
         return None
+    members = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
     if any(get_origin(member) is tuple for member in members):
         try:
             loaded = yaml.safe_load(value)

@@ -224,7 +224,8 @@ def test_overrides_are_the_only_key_under_flwr_run() -> None:
 def test_text_is_read_by_the_type_of_its_field() -> None:
     assert settings_of("dataset.root='[x]'")["dataset.root"] == "[x]"
     assert parse("null", str | None) is None
-    assert parse("null", str) == "null"
+    with pytest.raises(ConfigError, match="dataset.root=None: must be text"):
+        settings_of("dataset.root=null")
     assert parse("[1, 2]", tuple[int, ...] | None) == (1, 2)
     assert parse("[1", tuple[int, ...]) == "[1"
 

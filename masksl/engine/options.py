@@ -55,6 +55,8 @@ node_config={'dataset-root': '/data'})
             raise ValueError(f"{entry!r}: must be RESOURCE FIRST-LAST [KEY=VALUE ...]")
         resource, first, last, pairs = match.groups()
         partitions = range(int(first), int(last or first) + 1)
+        if not partitions:
+            raise ValueError(f"{entry!r}: LAST must not be less than FIRST")
         config = dict(pair.split("=", 1) for pair in pairs.split())
         return cls(resource, partitions, config)
 

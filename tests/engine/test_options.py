@@ -120,3 +120,10 @@ def test_options_load_neither_flower_nor_ray() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reversed_pin_is_refused() -> None:
+    with pytest.raises(ValueError, match="LAST must not be less than FIRST"):
+        Pin.parse("alice 3-1")
+    with pytest.raises(ValidationError):
+        RayOptions(pin=("alice 3-1", "bob 0-9"))
