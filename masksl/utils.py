@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-MANY_CLIENTS = 64
-"""Number of clients above which calling `trim_heap` pays off."""
+MANY_CLIENTS = 64  # number of clients above which calling `trim_heap` pays off
 
 
 # pylint: disable=redefined-builtin

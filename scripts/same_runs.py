@@ -31,19 +31,18 @@ SMALL = (
     *("engine=local", "rounds=2", "clients=4", "fraction=0.75", "evaluations=2"),
     *("dataset.limit=250", "dataset.test_limit=60", "threads.server=1"),
 )
+# Overrides of the six small runs by name.
 RUNS = {
     f"{sync}/{compressor}": (*SMALL, f"client_sync={sync}", f"compressor={compressor}")
     for sync in ("step", "round", "never")
     for compressor in ("ms", "none")
 }
-"""Overrides of the six small runs by name."""
-
+# Patterns of tensor names in checkpoints of the base, and their replacements.
 RENAMED = (
     (r"^(model|momentum)\.(\d+)/", r"client.\2.\1/"),
     (r"^shared/", "model/"),
     (r"^shared\.momentum/", "model.momentum/"),
 )
-"""Patterns of tensor names in checkpoints of the base, and what they are now."""
 
 
 @dataclass(frozen=True)
