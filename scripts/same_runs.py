@@ -112,6 +112,8 @@ def differences(base: Path, ours: Path) -> Iterator[str]:
         yield f"tensor {key} is in one checkpoint only"
     for key in sorted(old_tensors.keys() & new_tensors.keys()):
         old, new = old_tensors[key], new_tensors[key]
+        if not new.is_floating_point():  # format 1 held clients' integers as float64
+            old = old.to(new.dtype)
         if old.dtype != new.dtype or not torch.equal(old, new):
             yield f"tensor {key} differs"
 
