@@ -85,7 +85,7 @@ def compose(overrides: Sequence[str]) -> Settings:
         with initialize_config_dir(str(CONF), version_base=None):
             composed = hydra_compose("base", overrides=list(overrides))
         nested: Any = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"overrides={list(overrides)!r}: {line}") from error
     settings = flatten(nested)
@@ -226,8 +226,9 @@ def _check_plugins(settings: Mapping[str, Value]) -> None:
         raise ConfigError.of("plugins", plugins, str(field.description))
     try:
         import_plugins(settings)
-    except ImportError as error:
-        allowed = f"{field.description} ({error})"
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        reason = " ".join(str(error).split())  # a plugin may raise anything
+        allowed = f"{field.description} ({reason})"
         raise ConfigError.of("plugins", list(plugins), allowed) from error
 
 

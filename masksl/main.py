@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from masksl import config, dataset, engine, server_app
 from masksl.config import ConfigError
@@ -46,7 +47,11 @@ def settings_of(composed: DictConfig) -> Settings:
     ConfigError, DatasetError
         If it cannot be run; the text is one line.
     """
-    settings = flatten(OmegaConf.to_container(composed, resolve=True))  # type: ignore
+    try:
+        nested: Any = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    settings = flatten(nested)
     config.check(settings)
     for key in ("dataset.root", "resume"):
         if settings[key] not in ("null", server_app.AUTO):

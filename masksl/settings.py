@@ -40,7 +40,7 @@ class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan
     top_level: ClassVar[tuple[str, ...]] = ()
 
 
-_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
 _DEVICES = "auto, cpu, cuda or cuda:N"
 _FRACTION = "a number greater than 0 and at most 1"
 
@@ -238,7 +238,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
         elif value is None or isinstance(value, (list, tuple)):
             listed = None if value is None else list(value)
             text = yaml.safe_dump(listed, default_flow_style=True)
-            flat[prefix + key] = text.removesuffix("\n").removesuffix("\n...")
+            flat[f"{prefix}{key}"] = text.removesuffix("\n").removesuffix("\n...")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -184,6 +184,7 @@ class RoundStrategy(Strategy):
         self._train(round_)
         self._evaluate(round_)
         self._progress.completed = number
+        self._client_states.expire(round_)
         if self._is_kept(number):
             self._client_states.collect(self.clients, round_)
             self.snapshot = self.state()

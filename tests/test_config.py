@@ -80,6 +80,13 @@ def content(path: Path) -> dict[str, Any]:
         ("dataset.download=maybe", "dataset.download='maybe': must be true or false"),
         ("plugins=x", "plugins='x': must be a list of modules that can be imported"),
         ("plugins=[no.such]", "plugins=['no.such']: must be a list of modules"),
+        ("plugins=['']", "plugins=['']: must be a list of modules"),
+        ("plugins=[.x]", "plugins=['.x']: must be a list of modules"),
+        ("device=cuda:01", "device='cuda:01': must be auto, cpu, cuda or cuda:N"),
+        ("+x={1: 2}", "x.1=2: is no key of conf/base.yaml"),
+        ("engine=null", "overrides=['engine=local', 'engine=null']: "),
+        ("seed=${nope}", "overrides=['engine=local', 'seed=${nope}']: "),
+        ("~compressor", "compressor.name=None: must be one of none, qu, qq"),
         ("seed=x", "seed='x': must be a whole number from 0 on"),
     ],
 )

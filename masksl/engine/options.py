@@ -170,8 +170,12 @@ class RayOptions(EngineOptions, frozen=True):
         ValueError
             If they do not; the text says what ``pin`` must be.
         """
-        pinned = sorted(number for pin in self.pins for number in pin.partitions)
-        if self.pin and pinned != list(range(clients)):
+        pins = self.pins
+        fits = sum(len(pin.partitions) for pin in pins) == clients
+        if fits:  # only then few enough to be listed
+            pinned = sorted(number for pin in pins for number in pin.partitions)
+            fits = pinned == list(range(clients))
+        if pins and not fits:
             raise ValueError(
                 f"entries that name each partition from 0 to {clients - 1} once"
             )

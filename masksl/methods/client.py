@@ -352,7 +352,10 @@ class Client:
             if name.startswith(messages.STATE):
                 tensors = messages.state_tensors(record, self.setup.device)
                 own = _own(tensors, shared=False)
-                self.state[name.removeprefix(messages.STATE)] = own
+                group = name.removeprefix(messages.STATE)
+                if group in (MODEL, MOMENTUM):
+                    _check_shapes(group, own, self.setup.initial)
+                self.state[group] = own
 
     def metrics(self, **more: Any) -> MetricRecord:
         """Return measurements: the process, its seconds by activity, and others."""
@@ -364,6 +367,16 @@ def place_of(content: RecordDict) -> Place:
     """Return round and step of a message."""
     place = messages.place_of(content)
     return Place(place["round"], place["step"])
+
+
+def _check_shapes(group: str, tensors: Tensors, like: Tensors) -> None:
+    """Raise `FrameError` unless tensors are of the network of the client."""
+    for name, tensor in tensors.items():
+        if name not in like or tensor.shape != like[name].shape:
+            raise FrameError(
+                f"saved {group} does not fit the network: {name} of shape "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 def _own(tensors: Tensors, shared: bool) -> Tensors:

@@ -31,11 +31,15 @@ class ClientStates:
         self._collected: set[int] = set()
         self.groups: dict[str, Tensors] = {}
 
+    def expire(self, round_: Round) -> None:
+        """Mark the state of the clients of a round as outdated; call it every round."""
+        self._collected -= {client.number for client in round_.clients}
+
     def collect(self, clients: ClientManager, round_: Round) -> None:
         """Collect the state after a round.
 
-        Only the clients of the round are asked, and those whose state was never
-        collected: the state of the others has not changed.
+        Only clients are asked that took part in a round since their state was last
+        collected, or whose state was never collected: the others have not changed it.
 
         Raises
         ------
@@ -46,11 +50,11 @@ class ClientStates:
         """
         if not self._names:
             return
-        numbers = {client.number for client in round_.clients}
-        numbers |= {c.number for c in clients.clients} - self._collected
+        numbers = {client.number for client in clients.clients} - self._collected
         asked = {number: RecordDict() for number in sorted(numbers)}
         cpu = torch.device("cpu")
-        for number, content in clients.query(messages.SAVE, asked).items():
+        place = f"round {round_.number}, {messages.SAVE}"
+        for number, content in clients.query(messages.SAVE, asked, place).items():
             self._collected.add(number)
             for name, record in content.array_records.items():
                 self.groups[f"client.{number}.{name}"] = {

@@ -77,7 +77,7 @@ class ClientInfo:
 class ClientManager:
     """The clients of a run, and the only way to reach them.
 
-    Every byte is counted here.
+    It counts every byte of `exchange`, and none of `register` and `query`.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class ClientManager:
         return [self.clients[number] for number in sorted(drawn.tolist())]
 
     def query(
-        self, kind: str, contents: Mapping[int, RecordDict]
+        self, kind: str, contents: Mapping[int, RecordDict], place: str = ""
     ) -> dict[int, RecordDict]:
         """Exchange messages that are not part of training; nothing is counted.
 
@@ -184,6 +184,8 @@ class ClientManager:
             Message type, ``query.*``.
         contents : Mapping[int, RecordDict]
             Content for each client by its number.
+        place : str
+            Begins the error lines; by default the message type does.
 
         Returns
         -------
@@ -202,9 +204,9 @@ class ClientManager:
         replies = {}
         for reply in self._send(nodes, kind):
             number = numbers[reply.metadata.src_node_id]
-            replies[number] = _content(reply, f"{kind}, client {number}")
+            replies[number] = _content(reply, f"{place or kind}, client {number}")
         if missing := sorted(contents.keys() - replies.keys()):
-            raise RunError(f"{kind}: no reply from clients {missing}")
+            raise RunError(f"{place or kind}: no reply from clients {missing}")
         return dict(sorted(replies.items()))
 
     def _send(self, nodes: Mapping[int, RecordDict], kind: str) -> list[Message]:

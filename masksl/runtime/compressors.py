@@ -23,13 +23,14 @@ def compressor_of(settings: Mapping[str, Value], slot: str) -> Compressor:
     ConfigError
         If its name is unknown, or an option is unknown or not allowed.
     """
-    name = str(settings.get(f"{slot}.name"))
+    name = settings.get(f"{slot}.name")
     if name not in compress.COMPRESSORS:
         allowed = f"one of {', '.join(compress.COMPRESSORS)}"
         raise ConfigError.of(f"{slot}.name", name, allowed)
-    given = options(settings, slot, get_type_hints(compress.COMPRESSORS[name]))
+    types = get_type_hints(compress.COMPRESSORS[str(name)])
+    given = options(settings, slot, types)
     del given["name"]
     try:
-        return compress.make(name, **given)
+        return compress.make(str(name), **given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{slot}.{error}") from error

@@ -217,11 +217,12 @@ def state_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
 def state_tensors(
     record: Mapping[str, Array], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state record: the live ones, else copies on a device."""
+    """Return the tensors of a state record on a device; live ones are not copied
+    there."""
     tensors = {}
     for name, array in record.items():
         if isinstance(array, LiveArray):
-            tensors[name] = array.__dict__["tensor"]
+            tensors[name] = array.__dict__["tensor"].to(device)
         else:
             dtype = getattr(torch, array.dtype)
             data = bytearray(array.data)

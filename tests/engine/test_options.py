@@ -127,3 +127,9 @@ def test_a_reversed_pin_is_refused() -> None:
         Pin.parse("alice 3-1")
     with pytest.raises(ValidationError):
         RayOptions(pin=("alice 3-1", "bob 0-9"))
+
+
+def test_a_huge_pin_is_refused_at_once() -> None:
+    options = RayOptions(pin=("alice 0-999999999999",))
+    with pytest.raises(ValueError, match="each partition from 0 to 9 once"):
+        options.check_pins(10)

@@ -69,6 +69,20 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert run(tmp_path / "third", *SMALL, *overrides, resume) == expected
 
 
+@pytest.mark.parametrize("sync", ["round", "never"])
+def test_state_of_clients_is_current_in_rare_checkpoints(
+    sync: str, tmp_path: Path
+) -> None:
+    """A client that trained since the last checkpoint need not train in its round."""
+    overrides = ("rounds=8", "clients=4", "fraction=0.5", "dataset.limit=130")
+    overrides += ("dataset.test_limit=40", "checkpoint.every=2", f"client_sync={sync}")
+    expected = run(tmp_path / "whole", *overrides)
+    run_until(tmp_path / "first", 5, *overrides)
+    assert checkpoint.read(tmp_path / "first")[1]["round"] == 4
+    resume = f"resume={tmp_path}/first"
+    assert run(tmp_path / "second", *overrides, resume) == expected
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -34,8 +34,9 @@ _SENT = "sent"  # record of the frame whose positions its gradient is sent at
 class GraphCache:
     """Networks between forward and backward, with their graphs.
 
-    A client whose graph is not here rebuilds it from its state. Graphs of other runs,
-    and of earlier rounds, are dropped.
+    A client whose graph is not here rebuilds it from its state. Graphs of other runs
+    and of earlier rounds are dropped. The graph of a client that failed stays for the
+    rest of its round, as long as there is room.
 
     Attributes
     ----------
@@ -49,7 +50,7 @@ class GraphCache:
     def put(
         self, run_id: int, client: int, place: Place, network: LocalNetwork, most: float
     ) -> None:
-        """Keep a network, unless there are as many as allowed of this step.
+        """Keep a network if there is room for it.
 
         Parameters
         ----------
