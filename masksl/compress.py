@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import entropy, planes, scalar, topk, wire
+from masksl.codec import planes, scalar, topk, wire
 from masksl.codec.base import (
     COMPRESSORS,
     Bounds,
@@ -34,22 +34,39 @@ from masksl.codec.base import (
     NotFiniteError,
     Packed,
     Shape,
+    Sparse,
     decode,
+    decode_sparse,
     has_positions,
     kept_positions,
     make,
     options_of,
     register,
 )
-from masksl.codec.bits import pack_bits, packed_size, unpack_bits
+from masksl.codec.bits import pack_bits
+from masksl.codec.ec import EntropyCodedQuantization
+from masksl.codec.mask import Mask
 from masksl.codec.options import check_choice, check_number, check_sparsity, check_whole
+from masksl.codec.sets import (
+    decode_set,
+    decode_set_exact,
+    decode_set_sparse,
+    encode_set,
+)
 
 __all__ = [
     "COMPRESSORS",
     "Compressor",
+    "EntropyCodedQuantization",
     "FrameError",
+    "Mask",
     "NotFiniteError",
     "decode",
+    "decode_set",
+    "decode_set_exact",
+    "decode_set_sparse",
+    "decode_sparse",
+    "encode_set",
     "has_positions",
     "kept_positions",
     "make",
@@ -400,22 +417,22 @@ class Sparsification(Compressor):
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
-        chosen, sent, dtype = cls.unpack_positions(header, payload, device)
-        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
+        chosen, values = cls.unpack_sparse(header, payload, device)
+        values = values.to(header.dtype)
         flat = values.new_zeros(header.elements)
         return flat.index_copy_(0, chosen, values)
 
     @classmethod
-    def unpack_positions(
+    def unpack_sparse(
         cls, header: Header, payload: memoryview, device: Device
-    ) -> tuple[Tensor, memoryview, torch.dtype]:
-        """Return kept positions, the bytes of the values and their type."""
+    ) -> Sparse:
+        """Return kept positions and their values, in the type in which they came."""
         kept, scope, code, form = header.unpack_params(cls._PARAMS)
         kept *= planes.check_kept(header, kept, scope)
         dtype = planes.value_dtype(header, code)
         sent, coded = planes.split(header, payload, kept * dtype.itemsize)
         chosen = planes.read_positions(header, coded, kept, form, device)
-        return chosen, sent, dtype
+        return chosen, planes.read_values(header, sent, dtype, device)
 
 
 @register
@@ -589,156 +606,7 @@ class MaskSparsification(Compressor):
             raise FrameError(f"ms frame does not keep {kept} elements of every sample")
 
 
-# --- entropy-coded --------------------------------------------------------------------
+# --- those in files of their own ------------------------------------------------------
 
-
-@register
-@dataclass(frozen=True)
-class EntropyCodedQuantization(Compressor):
-    """EC: a scalar quantiser with a dead zone whose symbols are entropy-coded.
-
-    Symbol 0 is a magnitude below ``deadzone`` steps, the next ones a step each. A
-    symbol is decoded as the mean (centroid) of its magnitudes. If the tensor has
-    negative values, symbol 0 is decoded as zero, and the others cost a sign bit.
-    Elements beyond the last of 255 symbols are sent exactly. Symbols are coded by their
-    neighbours (`masksl.codec.entropy`).
-
-    Parameters
-    ----------
-    step : float | None
-        Width of a step in standard deviations of the tensor.
-    bits : float | None
-        Budget, in bits an element: the step is searched so that frames keep to it.
-    error : float | None
-        Target of the relative error (2-norm of the difference over that of the
-        tensor), likewise. At most one of the three is given; 0.25 if none is.
-    deadzone : float | None
-        Width of symbol 0 in steps, 0.5 to 1; None chooses, on a sample, the width with
-        the fewest bits at its error.
-    context : str
-        ``spatial`` codes by neighbours (maps of at least 2x2, else like ``none``);
-        ``none`` by one table.
-    """
-
-    name: ClassVar[str] = "ec"
-    step: float | None = None
-    bits: float | None = None
-    error: float | None = None
-    deadzone: float | None = None
-    context: str = "spatial"
-
-    _PARAMS: ClassVar[struct.Struct] = struct.Struct("<HBIIQ")
-
-    def __post_init__(self) -> None:
-        given = [
-            (option, value)
-            for option in ("step", "bits", "error")
-            if (value := getattr(self, option)) is not None
-        ]
-        if len(given) > 1:
-            (option, value), (other, _), *_ = given
-            raise ValueError(f"{option}={value!r}: must be null where {other} is given")
-        for option, value in given:
-            check_number(option, value, 1e-4, 1 if option == "error" else 32)
-        if self.deadzone is not None:
-            check_number("deadzone", self.deadzone, 0.5, 1 + 1e-9)
-        check_choice("context", self.context, ("spatial", "none"))
-
-    def pack(
-        self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
-    ) -> Packed:
-        work = planes.working(flat)
-        signed = bounds[0] < 0
-        magnitude = work.abs() if signed else work
-
-        def cost(quantizer: scalar.Quantizer) -> float:
-            return self._bits_of(quantizer, magnitude, shape, signed)
-
-        target = scalar.Target(self.step, self.bits, self.error, self.deadzone)
-        largest = max(map(abs, bounds))
-        quantizer = scalar.choose_quantizer(work, magnitude, largest, target, cost)
-        symbols = quantizer.symbols(magnitude)
-        alphabet = int(symbols.amax()) + 1
-        plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
-        centroids = self._centroids(plane, magnitude, signed)
-        outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
-        coded = entropy.encode_plane(plane, self._plan(plane))
-        parts: list[wire.Part] = [centroids, outliers, coded]
-        signs = 0
-        if signed:
-            negative = topk.masked(work < 0, symbols > 0)
-            if signs := negative.numel():
-                parts.append(pack_bits(negative.view(torch.uint8), 1))
-        params = alphabet, signed, outliers.numel(), len(coded), signs
-        return self._PARAMS.pack(*params), parts
-
-    @classmethod
-    def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
-        alphabet, signed, outliers, length, count = header.unpack_params(cls._PARAMS)
-        if not 1 <= alphabet <= 256 or signed > 1:
-            raise FrameError(f"ec frame declares {alphabet} symbols, signs {signed}")
-        if max(outliers, count) > header.elements:
-            raise FrameError(
-                f"ec frame declares {outliers} exact values, {count} signs"
-            )
-        dtype = planes.working_dtype(header.dtype)
-        first = 1 if signed else 0
-        regular = min(alphabet, scalar.Quantizer.LAST) - first
-        sizes = (
-            regular * dtype.itemsize,
-            outliers * header.dtype.itemsize,
-            length,
-        )
-        wire.check_payload(header, payload, sum(sizes) + packed_size(count, 1))
-        sent, exact, coded, signs = planes.split(header, payload, *sizes)
-        centroids = planes.read_values(header, sent, dtype, device)
-        if bool((centroids.abs() > torch.finfo(header.dtype).max).any()):
-            raise FrameError(f"ec frame holds centroids that no {header.dtype} can be")
-        plane = entropy.decode_plane(coded, alphabet, header.shape)
-        planes.check_marked(
-            header, int((plane == scalar.Quantizer.LAST).sum()), outliers
-        )
-        symbols = torch.from_numpy(plane).to(device)
-        table = torch.zeros(256, dtype=dtype, device=device)
-        table[first : first + regular] = centroids
-        flat = table.index_select(0, symbols.to(torch.int32))
-        nonzero = topk.positions(symbols > 0) if signed else symbols.new_empty(0)
-        planes.check_marked(header, nonzero.numel(), count)
-        if nonzero.numel():
-            packed = wire.to_tensor(signs, torch.uint8, device)
-            bits = unpack_bits(packed, nonzero.numel(), 1)
-            flat[nonzero] *= 1 - 2 * bits.to(dtype)
-        flat = flat.to(header.dtype)
-        if outliers:
-            values = planes.read_values(header, exact, header.dtype, device)
-            flat[topk.positions(symbols == scalar.Quantizer.LAST)] = values
-        return flat
-
-    def _plan(self, plane: entropy.Plane) -> entropy.Plan:
-        return entropy.make_plan(plane, spatial=self.context == "spatial")
-
-    @staticmethod
-    def _centroids(plane: entropy.Plane, magnitude: Tensor, signed: bool) -> Tensor:
-        """Return the mean magnitude of every symbol that is not sent exactly."""
-        sums = scalar.sums_by(plane.symbols, magnitude, plane.alphabet)
-        means = sums / np.maximum(plane.counts, 1)
-        most = torch.finfo(magnitude.dtype).max
-        chosen = torch.from_numpy(means[int(signed) : scalar.Quantizer.LAST])
-        return chosen.clamp_(max=most).to(magnitude.dtype)
-
-    def _bits_of(
-        self,
-        quantizer: scalar.Quantizer,
-        magnitude: Tensor,
-        shape: Shape,
-        signed: bool,
-    ) -> float:
-        """Estimate the bits an element of the frame."""
-        symbols = quantizer.symbols(magnitude)
-        alphabet = int(symbols.amax()) + 1
-        plane = entropy.Plane(symbols.cpu().numpy(), alphabet, shape)
-        plan, share = self._plan(plane), plane.counts / plane.symbols.size
-        beside = 32 * alphabet + plan.side_bits
-        signs = 1 - float(share[0]) if signed else 0.0
-        exact = 32 * float(share[scalar.Quantizer.LAST :].sum())
-        return (plan.bits + beside) / plane.symbols.size + signs + exact
+register(EntropyCodedQuantization)
+register(Mask)

@@ -60,6 +60,8 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("ec", {"bits": 3.0}),
     ("ec", {"error": 0.05, "context": "none"}),
 ]
+# Masks are bool tensors, with tests of their own in `tests.codec.test_mask`.
+FLOATING = [name for name in COMPRESSORS if name != "mask"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 KINDS = [
     *("normal", "relu", "ties", "zero", "constant", "sparse"),
@@ -540,7 +542,7 @@ def test_extreme_values() -> None:
 # --- what is refused ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(COMPRESSORS))
+@pytest.mark.parametrize("name", FLOATING)
 def test_bad_tensors_are_refused(name: str) -> None:
     compressor = make(name)
     with pytest.raises(ValueError, match=f"{name}: tensor of shape"):
@@ -557,7 +559,7 @@ def test_bad_tensors_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("zip", {}, "name='zip': must be one of none, qu, qq, fp, sp, rt, ms, ec"),
+        ("zip", {}, "name='zip': must be one of none, qu, qq, fp, sp, rt, ms, ec, mask"),
         ("ms", {"ratio": 0.9}, "ratio=0.9: ms has the options sparsity, bits"),
         ("ms", {"sparsity": 1.5}, "sparsity=1.5: must be at least 0 and less than 1"),
         ("ms", {"sparsity": 1}, "sparsity=1: must be"),
@@ -576,6 +578,8 @@ def test_bad_tensors_are_refused(name: str) -> None:
         ("ec", {"bits": 1.0, "error": 0.2}, "bits=1.0: must be null where error"),
         ("ec", {"error": 1.5}, "error=1.5: must be a number"),
         ("ec", {"context": "x"}, "context='x': must be one of spatial, none"),
+        ("mask", {"code": "x"}, "code='x': must be one of auto, packed"),
+        ("mask", {"bits": 1}, "bits=1: mask has the options code"),
         ("none", {"values": "int8"}, "values='int8': must be one of float32"),
     ],
 )
@@ -586,7 +590,8 @@ def test_bad_options_are_named(name: str, options: Any, message: str) -> None:
 
 
 def test_every_compressor_is_tested_here() -> None:
-    assert {name for name, _ in ALL} == set(COMPRESSORS)
+    assert {name for name, _ in ALL} == set(FLOATING)
+    assert set(COMPRESSORS) - set(FLOATING) == {"mask"}
 
 
 def test_importing_it_loads_no_framework() -> None:

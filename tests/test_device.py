@@ -158,5 +158,35 @@ def test_what_is_selected_on_a_device_is_the_same(
 
 
 def test_every_compressor_that_computes_on_a_device_is_tested_here() -> None:
-    """`ec` is coded on the host, and `rt` draws: no generator without a device."""
-    assert set(COMPRESSORS) - {name for name, _ in CASES} == {"ec", "rt"}
+    """`ec` is coded on the host, and `rt` draws: no generator without a device.
+
+    `mask` is tested with both of its ways.
+    """
+    assert set(COMPRESSORS) - {name for name, _ in CASES} == {"ec", "rt", "mask"}
+
+
+@pytest.mark.parametrize("shape", [(7,), SHAPE])
+def test_packed_masks_wait_twice_and_then_for_nothing(
+    shape: tuple[int, ...], waits: list[str]
+) -> None:
+    compressor = make("mask", code="packed")
+    frame = compressor.encode(torch.rand(shape) < 0.5)
+    with FakeTensorMode(), Crossings(waits):
+        empty = torch.empty(shape, dtype=torch.bool, device="cuda")
+        assert len(compressor.encode(empty)) == len(frame)
+        assert waits == ["bounds", "cuda to cpu"]
+        decoded = decode(frame, device="cuda")
+    assert decoded.is_cuda and decoded.shape == shape and decoded.dtype == torch.bool
+    assert len(waits) == 2
+
+
+def test_masks_are_coded_on_the_host_and_come_back(device: str) -> None:
+    """With a mask and its reference on any device."""
+    mask, reference = torch.rand(SHAPE) < 0.1, torch.rand(SHAPE) < 0.1
+    before = mask ^ (reference & (torch.rand(SHAPE) < 0.1))
+    for given in (None, before):
+        frame = make("mask").encode(mask, reference=given)
+        there = given if given is None else given.to(device)
+        assert make("mask").encode(mask.to(device), reference=there) == frame
+        decoded = decode(frame, device=device, reference=there)
+        assert decoded.device.type == device and torch.equal(decoded.cpu(), mask)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from masksl.bench import activations, compress
+from masksl.bench import activations, coding, compress, sets
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
@@ -24,6 +24,18 @@ def main() -> None:
 
     speed = commands.add_parser("compress", help="speed and size of every compressor")
     speed.add_argument("--repeats", type=int, default=7, help="times each is timed")
+
+    together = commands.add_parser(
+        "sets", help="a model's message, and sums of sparse updates, as frame-sets"
+    )
+    together.add_argument("--repeats", type=int, default=15, help="turns timed")
+
+    coded = commands.add_parser(
+        "coding", help="bits and times of entropy coding, on a run's activations"
+    )
+    coded.add_argument("--run", type=Path, required=True, help="folder of the run")
+    coded.add_argument("--base", type=Path, help="another checkout, timed in turn")
+    coded.add_argument("--repeats", type=int, default=5, help="processes of each")
 
     targets = commands.add_parser(
         "activations", help="bits of ec and ms at one error, on CIFAR-10 activations"
@@ -59,11 +71,11 @@ def main() -> None:
     )
     engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
 
-    for command in (speed, targets, curves):
+    for command in (speed, together, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
-    for command in (speed, targets, curves, engines):
+    for command in (speed, together, coded, targets, curves, engines):
         command.add_argument("--json", help="file to write, default bench_NAME.json")
-    for command in (targets, curves, engines):
+    for command in (coded, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
     try:
         run(parser.parse_args())
@@ -75,13 +87,20 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run a benchmark, print its table, write its rows."""
     result: dict[str, Any] = {}
-    if arguments.benchmark != "engine":  # its runs set their threads
+    if arguments.benchmark not in ("engine", "coding"):  # these set their threads
         torch.set_num_threads(arguments.threads)
         result["threads"] = arguments.threads
     match arguments.benchmark:
         case "compress":
             result["rows"] = compress.measure(arguments.repeats)
             compress.show(result["rows"])
+        case "sets":
+            result["rows"] = sets.measure(arguments.repeats)
+            sets.show(result["rows"])
+        case "coding":
+            given = arguments.run, arguments.root, arguments.base, arguments.repeats
+            result |= coding.measure(*given)
+            coding.show(result)
         case "activations":
             result["rows"] = activations.targets(arguments.root, arguments.vgg19_images)
             activations.show_targets(result["rows"])

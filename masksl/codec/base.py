@@ -22,17 +22,24 @@ __all__ = [
     "NotFiniteError",
     "Packed",
     "Shape",
+    "coder_of",
     "decode",
+    "decode_sparse",
     "has_positions",
     "kept_positions",
     "make",
     "options_of",
     "register",
+    "sparse_coder_of",
 ]
 
 Shape = tuple[int, ...]
 Device: TypeAlias = torch.device | str
 Packed = tuple[bytes, Sequence[wire.Part]]
+Sparse = tuple[Tensor, Tensor]
+
+# What a compressor encodes unless it says otherwise.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Class = TypeVar("Class", bound="type[Compressor]")
 
@@ -41,7 +48,7 @@ COMPRESSORS: dict[str, type["Compressor"]] = {}
 
 
 class Compressor(ABC):
-    """Encodes float tensors as frames; `decode` decodes any frame.
+    """Encodes tensors as frames; `decode` decodes any frame.
 
     A compressor is immutable and holds no state between calls. Its options are the
     fields of its dataclass; wrong values raise ``ValueError`` when it is made.
@@ -50,21 +57,37 @@ class Compressor(ABC):
     name: ClassVar[str]
     """Name in `make`, in the configuration and in the frame; 1 to 8 ASCII bytes."""
 
-    keeps_positions: ClassVar[bool] = False
-    """Whether frames hold the positions of kept elements; see `unpack_positions`."""
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
+    """Types of the tensors that it encodes; floating ones, and bool for masks."""
 
-    def encode(self, tensor: Tensor, *, seed: int = 0, training: bool = True) -> bytes:
+    keeps_positions: ClassVar[bool] = False
+    """Whether frames hold the positions of kept elements; see `unpack_sparse`."""
+
+    takes_reference: ClassVar[bool] = False
+    """Whether `pack` and `unpack` take a tensor ``reference`` that both sides hold."""
+
+    def encode(
+        self,
+        tensor: Tensor,
+        *,
+        seed: int = 0,
+        training: bool = True,
+        reference: Tensor | None = None,
+    ) -> bytes:
         """Encode a tensor.
 
         Parameters
         ----------
         tensor : Tensor
-            float16, bfloat16, float32 or float64, of any shape and memory format, not
-            empty, all values finite. Elements are taken in row-major order.
+            Of one of its ``dtypes`` (by default the four floating types), of any shape
+            and memory format, not empty, all values finite. Elements are taken in
+            row-major order.
         seed : int
             Seed of random draws; the same seed gives the same bytes.
         training : bool
             False in evaluation; some compressors then behave differently.
+        reference : Tensor | None
+            A tensor that the decoder holds, too, for compressors that take one.
 
         Returns
         -------
@@ -74,24 +97,46 @@ class Compressor(ABC):
         Raises
         ------
         TypeError
-            If the tensor is not of a floating type named above.
+            If the tensor is not of a type named above.
         ValueError
-            If it is empty; as `NotFiniteError` if it has values that are not finite.
-            The message names the compressor and counts them.
+            If it is empty, or the compressor takes no reference; as `NotFiniteError` if
+            it has values that are not finite. The message names the compressor and
+            counts them.
         """
-        if tensor.dtype not in wire.DTYPE_CODES:
+        if tensor.dtype not in self.dtypes:
             raise TypeError(
                 f"{self.name}: dtype {tensor.dtype} cannot be encoded, "
-                f"expected one of {', '.join(map(str, wire.DTYPE_CODES))}"
+                f"expected one of {', '.join(map(str, self.dtypes))}"
             )
         if tensor.numel() == 0:
             raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
         flat = wire.flatten(tensor)
         bounds = planes.finite_bounds(flat, self.name)
         shape = tuple(tensor.shape)
-        params, parts = self.pack(flat, shape, bounds, seed=seed, training=training)
+        offered = self.offered(reference)
+        params, parts = self.pack(
+            flat, shape, bounds, seed=seed, training=training, **offered
+        )
         header = Header(self.name, tensor.dtype, shape, params)
         return wire.assemble(header, parts)
+
+    def warm_up(self) -> None:
+        """Encode and decode a small tensor, so that later none waits for a first use.
+
+        Entropy coding is compiled at its first use, once on a machine, and loaded at
+        its first use in a process.
+        """
+        dtype = torch.float32 if torch.float32 in self.dtypes else self.dtypes[0]
+        decode(self.encode((torch.arange(64) % 3).to(dtype).view(1, 1, 8, 8)))
+
+    @classmethod
+    def offered(cls, reference: Tensor | None) -> dict[str, Any]:
+        """Return the arguments by which `pack` and `unpack` get a reference."""
+        if cls.takes_reference:
+            return {"reference": reference}
+        if reference is not None:
+            raise ValueError(f"{cls.name}: takes no reference")
+        return {}
 
     @abstractmethod
     def pack(
@@ -102,7 +147,7 @@ class Compressor(ABC):
         Parameters
         ----------
         flat : Tensor
-            Shape (d,), contiguous, finite, of a floating type.
+            Shape (d,), contiguous, finite, of one of its ``dtypes``.
         shape : Shape
             Shape of the tensor.
         bounds : Bounds
@@ -136,7 +181,7 @@ class Compressor(ABC):
         Returns
         -------
         Tensor
-            Shape (d,), of any floating type; `decode` converts it to the header's.
+            Shape (d,), of any type; `decode` converts it to the header's.
 
         Raises
         ------
@@ -145,12 +190,12 @@ class Compressor(ABC):
         """
 
     @classmethod
-    def unpack_positions(
+    def unpack_sparse(
         cls, header: Header, payload: memoryview, device: Device
-    ) -> tuple[Tensor, memoryview, torch.dtype]:
-        """Return the positions of kept elements, the bytes and type of their values.
+    ) -> Sparse:
+        """Return the positions of kept elements and their values.
 
-        Only compressors with ``keeps_positions`` have it.
+        Only compressors with ``keeps_positions`` have it. The tensor is not allocated.
 
         Parameters
         ----------
@@ -159,8 +204,10 @@ class Compressor(ABC):
 
         Returns
         -------
-        tuple[Tensor, memoryview, torch.dtype]
-            int64, shape (k,), ascending; the rest of the payload; the values' type.
+        tuple[Tensor, Tensor]
+            int64, shape (k,), ascending positions in the flat tensor, row-major; and
+            values, shape (k,), of any type: `decode_sparse` converts it to the
+            header's. All other elements are zero.
 
         Raises
         ------
@@ -222,6 +269,7 @@ def decode(
     *,
     device: Device = "cpu",
     max_elements: int = MAX_ELEMENTS,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """Decode a frame of any compressor.
 
@@ -233,6 +281,8 @@ def decode(
         Device of the tensor; only packed bytes are copied to it.
     max_elements : int
         Frames that declare more elements are refused.
+    reference : Tensor | None
+        The tensor that the frame was coded by, if it was.
 
     Returns
     -------
@@ -243,25 +293,24 @@ def decode(
     ------
     FrameError
         If the frame is cut short, altered, of another version, of an unknown
-        compressor, too large, or inconsistent.
+        compressor, too large, inconsistent, or coded by another reference.
+    ValueError
+        If there is a reference for a compressor that takes none.
     """
     header, payload = wire.parse(frame, max_elements=max_elements)
-    if header.compressor not in COMPRESSORS:
-        raise FrameError(
-            f"frame of the unknown compressor {header.compressor!r}, "
-            f"known are {', '.join(COMPRESSORS)}"
-        )
-    flat = COMPRESSORS[header.compressor].unpack(header, payload, device)
+    coder = coder_of(header.compressor, header.dtype)
+    offered = coder.offered(reference)
+    flat = coder.unpack(header, payload, device, **offered)
     return flat.to(header.dtype).view(header.shape)
 
 
-def kept_positions(
+def decode_sparse(
     frame: wire.Buffer,
     *,
     device: Device = "cpu",
     max_elements: int = MAX_ELEMENTS,
-) -> Tensor:
-    """Return the positions of the kept elements of a frame, zeros included.
+) -> Sparse:
+    """Decode the kept elements of a frame, without allocating the tensor.
 
     Parameters
     ----------
@@ -270,8 +319,10 @@ def kept_positions(
 
     Returns
     -------
-    Tensor
-        int64, shape (k,): ascending positions in the flat tensor, row-major.
+    tuple[Tensor, Tensor]
+        int64, shape (k,): ascending positions in the flat tensor, row-major; and the
+        values there, shape (k,), zeros among them included, of the type of the tensor
+        that was encoded. All other elements are zero.
 
     Raises
     ------
@@ -279,11 +330,51 @@ def kept_positions(
         As `decode`, and if the frame's compressor has no positions.
     """
     header, payload = wire.parse(frame, max_elements=max_elements)
-    if not has_positions(header.compressor):
-        raise FrameError(f"{header.compressor} frame has no positions")
-    return COMPRESSORS[header.compressor].unpack_positions(header, payload, device)[0]
+    coder = sparse_coder_of(header.compressor, header.dtype)
+    positions, values = coder.unpack_sparse(header, payload, device)
+    return positions, values.to(header.dtype)
+
+
+def kept_positions(
+    frame: wire.Buffer,
+    *,
+    device: Device = "cpu",
+    max_elements: int = MAX_ELEMENTS,
+) -> Tensor:
+    """Return the positions of the kept elements of a frame, see `decode_sparse`."""
+    return decode_sparse(frame, device=device, max_elements=max_elements)[0]
 
 
 def has_positions(name: str) -> bool:
     """Return whether frames of a compressor hold positions of kept elements."""
     return name in COMPRESSORS and COMPRESSORS[name].keeps_positions
+
+
+def coder_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
+    """Return the class that decodes what a frame or frame-set names.
+
+    Raises
+    ------
+    FrameError
+        If it is unknown, or encodes no tensors of the type.
+    """
+    if name not in COMPRESSORS:
+        raise FrameError(
+            f"frame of the unknown compressor {name!r}, "
+            f"known are {', '.join(COMPRESSORS)}"
+        )
+    coder = COMPRESSORS[name]
+    if dtype is not None and dtype not in coder.dtypes:
+        raise FrameError(
+            f"{name} frame of {dtype}, expected one of "
+            f"{', '.join(map(str, coder.dtypes))}"
+        )
+    return coder
+
+
+def sparse_coder_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
+    """Return the class likewise; `FrameError` also if it keeps no positions."""
+    coder = coder_of(name, dtype)
+    if not coder.keeps_positions:
+        raise FrameError(f"{name} frame has no positions")
+    return coder

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import zstandard
 
-from masksl.codec import entropy, topk, wire
+from masksl.codec import coder, topk, wire
 from masksl.codec.bits import (
     all_finite,
     chunks,
@@ -21,6 +22,7 @@ from masksl.codec.bits import (
     packed_size,
     unpack_bits,
 )
+from masksl.codec.gaps import decode_gaps, encode_gaps
 from masksl.codec.wire import FrameError
 
 Bounds = tuple[float, float]  # least and largest element of a tensor
@@ -29,8 +31,10 @@ VALUES = ("float32", "bfloat16", "float16")
 LOSSLESS = ("none", "fast", "context", "auto")
 
 _HALF = (torch.float16, torch.bfloat16)
-_RAW, _FAST, _CONTEXT = 0, 1, 2  # how a plane of symbols travels
-_INDICES, _GAPS = 16, 17  # forms of positions beside those of planes
+_RAW, _FAST, _CODED = 0, 1, 3  # forms of a plane of symbols
+_INDICES, _GAPS = 16, 18  # forms of positions beside those of planes
+_EARLIER = (2, 17)  # forms of coded planes and gaps that were given up
+BLOCK = 2**18  # elements that are worked on together, to save memory
 
 
 class NotFiniteError(ValueError):
@@ -135,14 +139,13 @@ def write_plane(
     best: tuple[int, wire.Part] = _RAW, pack_bits(symbols, bits)
     size = packed_size(symbols.numel(), bits)
     if lossless in ("fast", "auto"):
-        coded = entropy.deflate(*wire.to_host([best[1]]))
+        coded = zstandard.ZstdCompressor(level=1).compress(*wire.to_host([best[1]]))
         if len(coded) < size:
             best, size = (_FAST, coded), len(coded)
     if lossless in ("context", "auto") and bits <= 8:
-        plane = entropy.Plane(symbols.cpu().numpy(), 2**bits, shape)
-        coded = entropy.encode_plane(plane)
+        coded = coder.encode_plane(symbols.cpu().numpy(), 2**bits, shape)
         if len(coded) < size:
-            best = _CONTEXT, coded
+            best = _CODED, coded
     return best
 
 
@@ -177,16 +180,16 @@ def read_plane(
     """
     count = header.elements
     size = packed_size(count, bits)
-    if form == _CONTEXT and bits <= 8:
-        plane = entropy.decode_plane(payload, 2**bits, header.shape)
+    if form == _CODED and bits <= 8:
+        plane = coder.decode_plane(payload, 2**bits, header.shape)
         if marked is not None:
-            check_marked(header, int((plane == marked[0]).sum()), marked[1])
-        each = levels()
-        return each.index_select(0, torch.from_numpy(plane).to(each.device).int())
+            found = int(np.count_nonzero(plane == marked[0]))
+            check_marked(header, found, marked[1])
+        return levels_of(torch.from_numpy(plane), levels())
     if form == _FAST:
-        payload = memoryview(entropy.inflate(payload, size))
+        payload = memoryview(_inflated(payload, size))
     elif form != _RAW:
-        raise FrameError(f"{header.compressor} frame has a plane of form {form}")
+        raise _unknown_form(header, form)
     wire.check_payload(header, payload, size)
     if marked is not None:
         found = count_symbols(payload, count, bits, marked[0])
@@ -194,6 +197,44 @@ def read_plane(
     each = levels()
     packed = wire.to_tensor(payload, torch.uint8, each.device)
     return look_up(packed, each, count, bits)
+
+
+def levels_of(symbols: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the level of every symbol.
+
+    Parameters
+    ----------
+    symbols : torch.Tensor
+        uint8, shape (d,), on any device.
+    levels : torch.Tensor
+        Shape (n,), of any type; n is more than the largest symbol.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (d,), of the type and on the device of the levels.
+    """
+    symbols = symbols.to(levels.device)
+    out = levels.new_empty(len(symbols))
+    for part, found in zip(symbols.split(BLOCK), out.split(BLOCK), strict=True):
+        torch.index_select(levels, 0, part.int(), out=found)
+    return out
+
+
+def _inflated(data: memoryview, size: int) -> bytes:
+    """Decompress a plane of form 1; `FrameError` unless it has ``size`` bytes."""
+    try:
+        if zstandard.frame_content_size(data) != size:
+            raise FrameError(f"compressed part does not hold {size} bytes")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise FrameError(f"compressed part is broken: {error}") from error
+
+
+def _unknown_form(header: wire.Header, form: int) -> FrameError:
+    """Return the error of a form that is not known, or not any more."""
+    what = "of an earlier version" if form in _EARLIER else "which is not known"
+    return FrameError(f"{header.compressor} frame has a part of form {form}, {what}")
 
 
 def write_positions(
@@ -221,7 +262,7 @@ def write_positions(
         form, coded = _INDICES, chosen.to(torch.int32)
         size = 4 * chosen.numel()
     if gaps:
-        coded_gaps = entropy.encode_gaps(chosen.cpu().numpy(), count)
+        coded_gaps = encode_gaps(chosen.cpu().numpy(), count)
         if coded_gaps is not None and len(coded_gaps) < size:
             form, coded = _GAPS, coded_gaps
     return form, coded
@@ -236,8 +277,8 @@ def read_positions(
 ) -> torch.Tensor:
     """Undo `write_positions`: int64, shape (kept,), ascending, within the elements."""
     if form == _GAPS:
-        gaps = entropy.decode_gaps(payload, kept, header.elements)
-        return torch.from_numpy(gaps).to(device)
+        decoded = decode_gaps(payload, kept, header.elements)
+        return torch.from_numpy(decoded).to(device)
     if form != _INDICES:
         levels = torch.arange(2, device=device) > 0
         mask = read_plane(header, payload, 1, form, lambda: levels, marked=(1, kept))

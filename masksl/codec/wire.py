@@ -8,7 +8,7 @@ offset  size  field
 ======  ====  ==========================================================
 0       4     magic, ``MSKL``
 4       1     version, 1
-5       1     dtype: 1 float16, 2 bfloat16, 3 float32, 4 float64
+5       1     dtype: 1 float16, 2 bfloat16, 3 float32, 4 float64, 5 bool
 6       1     number of dimensions n
 7       1     length p of the compressor's parameters
 8       8     name of the compressor, ASCII, filled up with NUL bytes
@@ -40,7 +40,13 @@ if sys.byteorder != "little":  # pragma: no cover
 
 MAGIC = b"MSKL"
 VERSION = 1
-DTYPES = {1: torch.float16, 2: torch.bfloat16, 3: torch.float32, 4: torch.float64}
+DTYPES = {
+    1: torch.float16,
+    2: torch.bfloat16,
+    3: torch.float32,
+    4: torch.float64,
+    5: torch.bool,
+}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_ELEMENTS = 2**28
 
@@ -64,7 +70,7 @@ class Header:
     compressor : str
         Registered name, one to eight ASCII characters.
     dtype : torch.dtype
-        Floating type of the tensor that was encoded.
+        Type of the tensor that was encoded, one of `DTYPES`.
     shape : tuple[int, ...]
         Its shape; no dimension is zero.
     params : bytes
@@ -171,13 +177,16 @@ def parse(
     elements = math.prod(shape)
     if not 0 < elements <= max_elements:
         raise FrameError(f"frame declares {elements} elements, not 1 to {max_elements}")
-    text = bytes(name).rstrip(b"\0")
+    own = bytes(view[start - params : start])
+    return Header(name_of(name), DTYPES[dtype], shape, own), view[start:]
+
+
+def name_of(field: bytes) -> str:
+    """Return the compressor's name that a field of eight bytes holds."""
+    text = field.rstrip(b"\0")
     if not text.isascii():
         raise FrameError(f"frame names the compressor {text!r}, not an ASCII name")
-    header = Header(
-        text.decode("ascii"), DTYPES[dtype], shape, bytes(view[start - params : start])
-    )
-    return header, view[start:]
+    return text.decode("ascii")
 
 
 def declared_elements(frame: Buffer) -> int:

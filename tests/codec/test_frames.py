@@ -19,6 +19,8 @@ from masksl.compress import (
     kept_positions,
     make,
 )
+from tests.codec import reference_decoder
+from tests.codec.test_sizes import plane_of
 from tests.codec.test_wire import reseal
 
 CASES = [
@@ -47,8 +49,15 @@ CASES = [
     ("ec", {}),
     ("ec", {"error": 0.1, "context": "none"}),
     ("ec", {"step": 0.01}),
+    ("mask", {}),
+    ("mask", {"code": "packed"}),
+    ("mask", {"code": "auto"}),  # by a reference
 ]
 GRID = (torch.arange(24).view(2, 3, 4) * 5 % 17 - 8).float() / 4
+# Maps, and a mask and its reference, large enough for coded parts to be the smallest.
+MAPS = (torch.arange(384).view(2, 3, 8, 8) // 5 * 7 % 40 // 3).float() ** 2
+BEFORE = torch.arange(384) * 37 % 101 < 20
+MASK = BEFORE ^ (torch.arange(384) % 90 == 7)
 
 # Frames of GRID: hexadecimal, header and payload. They hold the layout of version 1.
 GOLDEN = {
@@ -101,43 +110,103 @@ GOLDEN = {
         "000000880452"
     ),
     ("ec", "step=0.5,deadzone=0.55"): (
-        "4d534b4c010303136563000000000000dc8aee1031000000000000000200000003000000"
-        "04000000040001000000002200000014000000000000000000203f0000a03f0000f03f00"
-        "010102030302030e00000028b52ffd200529000000292019201d25d14b9786b946d3d404"
+        "4d534b4c010303146563000000000000caa376dd17000000000000000200000003000000"
+        "0400000003040001000000000800000014000000000000000000203f0000a03f0000f03f"
+        "03176250f6a252b8d3d404"
     ),
 }
+
+# Frames with coded parts, of MAPS and of MASK, by the form of the part.
+CODED = {
+    ("ms", "sparsity=0.97,lossless=context", 3): (
+        "4d534b4c0103040d6d730000000000001cceef4752000000000000000200000003000000"
+        "08000000080000000b000000000000000200000303000010430000294300002943000029"
+        "430000294300002943000029430000294300002943000029430000294303c7f06d3122ec"
+        "813ea58361a8987d4dd4d249ffd6a7c9163bda778fb3685b8f333a59e0f9ac"
+    ),
+    ("sp", "sparsity=0.97,positions=auto", 18): (
+        "4d534b4c0103040b7370000000000000b7c12b8c3d000000000000000200000003000000"
+        "08000000080000000b000000000000000003120000104300002943000029430000294300"
+        "002943000029430000294300002943000029430000294300002943031900050000000021"
+        "fe1ce02f000c0000"
+    ),
+    ("ec", "step=0.5,deadzone=0.55", 3): (
+        "4d534b4c010304146563000000000000279bfb0871000000000000000200000003000000"
+        "08000000080000000308000000000000510000000000000000000000000060405555c941"
+        "00004442a38b92420000c8420000f242000010430000294307c0fc92c457001121a52229"
+        "54f5791d04e3c743e7a2776db78f951ed846fce2eb21af2a8a25e2329b2a4fce134a540f"
+        "dabe024654d1a33693a2c3a0e260052779ce1ea6d1128a899a6ca9aa754eb68560"
+    ),
+    ("ec", "step=0.5,deadzone=0.55,context=none", 4): (
+        "4d534b4c0103041465630000000000007fd663ff77000000000000000200000003000000"
+        "08000000080000000408000000000000570000000000000000000000000060405555c941"
+        "00004442a38b92420000c8420000f242000010430000294300c169e095b6929d58b0e5d2"
+        "1c649c09dce1f74a7695845fc168cdf0f0f98c10a1b4ee02f8561b54910c044c56fa9938"
+        "e6a681bbbee1bdf3db6e58897cf342f77925eafcedf23dd5f823470f697caa7f3f9cac37"
+        "6cd7bf"
+    ),
+    ("mask", "code=packed", 0): (
+        "4d534b4c010501056d61736b000000008fdbe4d430000000000000008001000000000000"
+        "0089484002121290808404242023010948404202129090800c2424200109484840021232"
+        "90808404242001090948c04202"
+    ),
+    ("mask", "", 1): (
+        "4d534b4c010501056d61736b00000000fb6e83cc24000000000000008001000001000000"
+        "0051183549ce9e3bf93da9a58eac3ffd852ab0493ffb411cd685c38dc9097c44e92061a4"
+        "15"
+    ),
+    ("mask", "", 2): (
+        "4d534b4c010501056d61736b000000009db11372070000000000000080010000022fc228"
+        "37054c16d34b3c20"
+    ),
+}
+PLACES = {"ms": 12, "sp": 10, "ec": 0, "mask": 0}  # of the form in the parameters
 
 
 def sample() -> torch.Tensor:
     return torch.randn(7, 3, 5, 4, generator=torch.Generator().manual_seed(1))
 
 
+def encoded(
+    case: tuple[str, Any], tensor: torch.Tensor
+) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Return a frame of a case, and what `decode` takes beside it."""
+    name, options = case
+    if name != "mask":
+        return make(name, **options).encode(tensor), {}
+    given = {"reference": tensor > 1.3} if options == {"code": "auto"} else {}
+    frame = make(name, **options).encode(tensor > 1.2, **given)
+    form = wire.parse(frame)[0].params[0]
+    assert form == (2 if given else int(not options))
+    return frame, given
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_truncation_is_refused(case: tuple[str, Any]) -> None:
-    frame = make(case[0], **case[1]).encode(sample())
+    frame, given = encoded(case, sample())
     for length in range(len(frame)):
         with pytest.raises(FrameError):
-            decode(frame[:length])
+            decode(frame[:length], **given)
     with pytest.raises(FrameError, match="declares"):
-        decode(frame + b"\0")
+        decode(frame + b"\0", **given)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_alteration_is_refused(case: tuple[str, Any]) -> None:
-    frame = make(case[0], **case[1]).encode(sample())
+    frame, given = encoded(case, sample())
     rng = random.Random(0)
     for _ in range(10_000):
         altered = bytearray(frame)
         altered[rng.randrange(len(frame))] ^= rng.randrange(1, 256)
         with pytest.raises(FrameError):
-            decode(altered)
+            decode(altered, **given)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
     """Alterations and truncations with the right checksum: no other error, no wrong
     shape."""
-    frame = make(case[0], **case[1]).encode(sample())
+    frame, given = encoded(case, sample())
     start = len(frame) - len(wire.parse(frame)[1])
     rng = random.Random(1)
     refused = 0
@@ -151,7 +220,7 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
             altered[20:28] = struct.pack("<Q", len(altered) - start)
         crafted = reseal(altered)
         try:
-            decoded = decode(crafted, max_elements=2**20)
+            decoded = decode(crafted, max_elements=2**20, **given)
         except FrameError:
             refused += 1
         else:
@@ -169,7 +238,7 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
     """Counts at odds with the payload and huge shapes fail before any allocation."""
-    frame = make(case[0], **case[1]).encode(torch.randn(2**20))
+    frame, given = encoded(case, torch.randn(16, 2**16))
     header, payload = wire.parse(frame)
     start = len(frame) - len(payload)
     shape = wire._FIXED.size
@@ -179,7 +248,8 @@ def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
     crafted.append(reseal(huge))
     short = bytearray(frame[:-1])
     short[20:28] = struct.pack("<Q", len(payload) - 1)
-    crafted.append(reseal(short))
+    if not ends_coded(header):  # there, zeros follow without end
+        crafted.append(reseal(short))
     crafted.append(frame[:-1])
     altered = bytearray(frame)
     altered[start] ^= 1
@@ -195,8 +265,18 @@ def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
     for broken in crafted:
         before = memory("VmRSS", reset_peak=True)
         with pytest.raises(FrameError):
-            decode(broken)
+            decode(broken, **given)
         assert memory("VmHWM") - before < 2**20
+
+
+def ends_coded(header: wire.Header) -> bool:
+    """Return whether a frame ends with the bytes of the coder."""
+    match header.compressor:
+        case "none" | "ec":
+            return False
+        case "mask":
+            return header.params[0] > 0
+    return plane_of(header)[0] == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -218,15 +298,39 @@ def memory(figure: str, reset_peak: bool = False) -> int:
     return 1024 * int(re.search(rf"{figure}:\s+(\d+) kB", status)[1])
 
 
+def options_in(text: str) -> dict[str, Any]:
+    """Return the options that a key of golden frames writes out."""
+    options: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        key, value = pair.split("=")
+        number = value.replace(".", "").isdigit()
+        options[key] = float(value) if "." in value else int(value) if number else value
+    return options
+
+
 @pytest.mark.parametrize(("name", "options"), list(GOLDEN))
 def test_golden_frames(name: str, options: str) -> None:
-    pairs = [pair.split("=") for pair in options.split(",") if pair]
-    values = {key: float(v) if "." in v else int(v) for key, v in pairs}
     golden = bytes.fromhex(GOLDEN[name, options])
-    assert make(name, **values).encode(GRID) == golden
+    frame = make(name, **options_in(options)).encode(GRID)
+    assert frame == golden
     assert decode(golden).shape == GRID.shape
-    assert torch.equal(decode(golden), decode(make(name, **values).encode(GRID)))
+    assert torch.equal(decode(golden), decode(frame))
+
+
+@pytest.mark.parametrize(("name", "options", "form"), list(CODED))
+def test_golden_frames_with_coded_parts(name: str, options: str, form: int) -> None:
+    golden, given = bytes.fromhex(CODED[name, options, form]), options_in(options)
+    compressor, tensor = make(name, **given), MASK if name == "mask" else MAPS
+    reference = BEFORE if name == "mask" and form == 2 else None
+    assert compressor.encode(tensor, reference=reference) == golden
+    assert wire.parse(golden)[0].params[PLACES[name]] == form
+    expected = MASK
+    if name == "ec":
+        expected = torch.tensor(reference_decoder.ec_frame(golden)).view(MAPS.shape)
+    elif name != "mask":
+        expected = decode(make(name, sparsity=given["sparsity"]).encode(MAPS))
+    assert torch.equal(decode(golden, reference=reference), expected)
 
 
 def test_every_compressor_has_a_golden_frame() -> None:
-    assert {name for name, _ in GOLDEN} == set(COMPRESSORS)
+    assert {name for name, *_ in (*GOLDEN, *CODED)} == set(COMPRESSORS)

@@ -17,6 +17,7 @@ import zstandard
 
 from masksl.codec import wire
 from masksl.compress import COMPRESSORS, decode, make, options_of
+from tests.codec import reference_decoder
 
 Case = tuple[str, dict[str, Any]]
 
@@ -24,7 +25,8 @@ DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3, torch.float64: 
 WIDTHS = {1: 2, 2: 2, 3: 4, 4: 8}
 VALUES = ("float32", "bfloat16", "float16")
 SCOPES = ("tensor", "sample")
-PACKED, INFLATED, CODED, INDICES, GAPS = 0, 1, 2, 16, 17
+PACKED, INFLATED, CODED, ROW, INDICES, GAPS = 0, 1, 3, 4, 16, 18
+COUNTED = 1  # of masks
 LAYOUTS = {
     "none": "<B",
     "qu": "<BBdd",
@@ -33,7 +35,8 @@ LAYOUTS = {
     "sp": "<QBBB",
     "rt": "<QBBB",
     "ms": "<QBBBBB",
-    "ec": "<HBIIQ",
+    "ec": "<BHBIIQ",
+    "mask": "<BI",
 }
 SHAPES: list[tuple[int, ...]] = [
     (),
@@ -80,7 +83,7 @@ def before_plane(header: wire.Header) -> int:
         case "ms", (k, _, signed, scope, code, _):
             kept = rows(header.shape, scope) * k
             return kept * WIDTHS[code] + signed * symbols(d, 1)
-        case "ec", (alphabet, signed, exact, _, _):
+        case "ec", (_, alphabet, signed, exact, _, _):
             centroids = len(range(1 if signed else 0, min(alphabet, 255)))
             return centroids * (8 if w == 8 else 4) + exact * w
     raise AssertionError(header.compressor)
@@ -125,16 +128,22 @@ def implied(header: wire.Header, payload: bytes) -> int:
     return size + symbols(header.elements, bits)
 
 
-def coded_plane(part: bytes, alphabet: int, shape: tuple[int, ...]) -> int:
-    """Return the size of a coded plane by its own fields; its tables must be whole."""
-    context, groups, tables = struct.unpack_from("<BBB", part)
-    (length,) = struct.unpack_from("<I", part, 8)
-    links = groups * {0: 1, 1: 16, 2: 144}[context]
-    channels = shape[-3] if len(shape) > 2 and groups > 1 else 0
-    inflated = zstandard.ZstdDecompressor().decompress(part[12:][:length])
-    assert len(inflated) == channels + links + tables * alphabet
-    words = (len(part) - 12 - length) // 4
-    return 12 + length + 4 * words
+def coded_plane(part: bytes, alphabet: int, shape: tuple[int, ...]) -> list[int]:
+    """Return the symbols of a coded plane, of which no byte may be left over."""
+    assert part[-1] or len(part) == 1
+    return reference_decoder.plane(part, alphabet, shape)
+
+
+def check_mask(tensor: torch.Tensor, form: int, payload: bytes) -> None:
+    """Check the length of a mask: a bit an element, or a count and what it implies."""
+    d, k = tensor.numel(), int(tensor.sum())
+    if form == PACKED:
+        assert len(payload) == symbols(d, 1)
+        return
+    count = max(1, math.ceil(k.bit_length() / 7))
+    bits = math.log2(math.comb(d, k))
+    assert count <= len(payload) <= count + math.ceil((bits + 1.01) / 8)
+    assert len(payload) < symbols(d, 1)
 
 
 # --- what is asked for ----------------------------------------------------------------
@@ -148,6 +157,8 @@ def kept_of(sparsity: float, count: int) -> int:
 def asked(case: Case, tensor: torch.Tensor) -> dict[int, Any]:
     """Return the fields that options and tensor fix, by their place."""
     name, options = case
+    if name == "mask":
+        return {0: PACKED} if options["code"] == "packed" else {}
     shape, d = tuple(tensor.shape), tensor.numel()
     signed = int(bool((tensor < 0).any()))
     own = DTYPES[tensor.dtype]
@@ -161,7 +172,7 @@ def asked(case: Case, tensor: torch.Tensor) -> dict[int, Any]:
     if name == "fp":
         return dict(enumerate((options["exponent"], options["mantissa"], signed, 0)))
     if name == "ec":
-        return {1: signed}
+        return {0: CODED if options["context"] == "spatial" else ROW, 2: signed}
     k = kept_of(options["sparsity"], d // rows(shape, scope))
     if name == "ms":
         return dict(enumerate((k, options["bits"], signed, scope, code, PACKED)))
@@ -204,6 +215,10 @@ def cases() -> Iterator[Case]:
         yield "ec", option | {"deadzone": deadzone, "context": context}
 
 
+    for code in ("auto", "packed"):
+        yield "mask", {"code": code}
+
+
 CASES = list(cases())
 
 
@@ -212,6 +227,12 @@ def tensors() -> Iterator[torch.Tensor]:
     for shape, dtype in product(SHAPES, DTYPES):
         normal = torch.randn(shape).to(dtype)
         yield from (normal, normal.relu(), torch.zeros(shape, dtype=dtype))
+
+
+def masks() -> Iterator[torch.Tensor]:
+    """Masks of every shape and share of ones."""
+    for shape, share in product(SHAPES, (0, 0.01, 0.1, 0.5, 0.95, 1)):
+        yield torch.rand(shape) < share
 
 
 @pytest.mark.parametrize("name", list(COMPRESSORS))
@@ -227,20 +248,27 @@ def test_frames_are_as_long_as_their_fields_imply(name: str) -> None:
     # Of the many combinations a part is taken that meets every option and tensor.
     every = 7 if name in ("sp", "rt", "ms", "ec") else 1
     chosen = [case for case in CASES if case[0] == name]
-    for number, (case, tensor) in enumerate(product(chosen, list(tensors()))):
+    given = list(masks() if name == "mask" else tensors())
+    for number, (case, tensor) in enumerate(product(chosen, given)):
         if number % every:
             continue
         frame = make(name, **case[1]).encode(tensor, seed=number, training=True)
         header, payload = wire.parse(frame)
-        assert len(frame) == implied(header, bytes(payload)), (case, tensor.shape)
         fields = fields_of(header)
+        if name == "mask":
+            check_mask(tensor, fields[0], bytes(payload))
+        else:
+            assert len(frame) == implied(header, bytes(payload)), (case, tensor.shape)
         for place, value in asked(case, tensor).items():
             assert fields[place] == value, (case, tensor.shape, place)
         assert decode(frame).shape == tensor.shape
-        if name != "ec":
-            forms.add(plane_of(header)[0])
-    expected = {"sp": {PACKED, INDICES, GAPS}, "rt": {PACKED, INDICES, GAPS}}
-    assert name == "ec" or forms == expected.get(name, {PACKED})
+        forms.add(fields[0] if name in ("ec", "mask") else plane_of(header)[0])
+    expected = {
+        **dict.fromkeys(("sp", "rt"), {PACKED, INDICES, GAPS}),
+        "ec": {CODED, ROW},
+        "mask": {PACKED, COUNTED},
+    }
+    assert forms == expected.get(name, {PACKED})
 
 
 @pytest.mark.parametrize("name", ["sp", "rt"])
@@ -267,10 +295,11 @@ def test_parts_of_ec_add_up(signed: bool, dtype: torch.dtype, step: float) -> No
         tensor = tensor if signed else tensor.relu()
         frame = make("ec", step=step).encode(tensor)
         header, payload = wire.parse(frame)
-        alphabet, sign, exact, length, negative = fields_of(header)
+        _, alphabet, sign, exact, length, negative = fields_of(header)
         start = before_plane(header)
-        part = bytes(payload[start:][:length])
-        assert coded_plane(part, alphabet, shape) == length
+        found = coded_plane(bytes(payload[start:][:length]), alphabet, shape)
+        assert found.count(255) == exact and max(found) + 1 == alphabet
+        assert negative == (len(found) - found.count(0)) * signed
         assert len(payload) == start + length + symbols(negative, 1)
         # With signs symbol 0 has none; without, none is sent.
         assert sign == signed
@@ -302,7 +331,8 @@ def test_the_lossless_stage_changes_the_plane_alone(name: str, lossless: str) ->
         if form == INFLATED:
             assert zstandard.ZstdDecompressor().decompress(part) == packed
         elif form == CODED:
-            assert coded_plane(part, 2**bits, shape) == len(part)
+            found = coded_plane(part, 2**bits, shape)
+            assert found == reference_decoder.bits_of(packed, bits, len(found))
         else:
             assert part == packed
         assert len(part) < len(packed) or form == PACKED

@@ -60,6 +60,8 @@ def test_header_is_the_documented_table() -> None:
 @pytest.mark.parametrize("name", list(COMPRESSORS))
 def test_header_takes_at_most_64_bytes(name: str) -> None:
     tensor = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    if name == "mask":
+        tensor = tensor > 1
     header, payload = wire.parse(frame := make(name).encode(tensor))
     assert len(frame) - len(payload) <= 64
     assert header.elements == wire.declared_elements(frame) == 120

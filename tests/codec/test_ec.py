@@ -1,0 +1,205 @@
+"""The compressor `ec`: lengths, budgets and errors of its frames."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from masksl import dataset, model
+from masksl.codec import coder, wire
+from masksl.compress import FrameError, decode, make
+from tests.codec import reference_decoder
+from tests.codec.test_coder import smooth
+from tests.codec.test_sizes import before_plane, fields_of
+
+# A frame of an earlier version, of its coded planes and parameters.
+EARLIER = bytes.fromhex(
+    "4d534b4c010303136563000000000000dc8aee1031000000000000000200000003000000"
+    "04000000040001000000002200000014000000000000000000203f0000a03f0000f03f00"
+    "010102030302030e00000028b52ffd200529000000292019201d25d14b9786b946d3d404"
+)
+
+
+def check_lengths(tensor: torch.Tensor, error: float) -> dict[str, float]:
+    """Return the length of coded planes by their entropy, of order 0.
+
+    As one row it is at most 2 % more.
+    """
+    shape, lengths = tuple(tensor.shape), {}
+    for context in ("none", "spatial"):
+        frame = make("ec", error=error, context=context).encode(tensor)
+        header, payload = wire.parse(frame)
+        form, alphabet, *_, length, signs = fields_of(header)
+        assert form == (4 if context == "none" else 3)
+        part = payload[before_plane(header) :][:length]
+        by = (tensor.numel(),) if context == "none" else shape
+        counts = np.bincount(coder.decode_plane(part, alphabet, by))
+        shares = counts[counts > 0] / tensor.numel()
+        bound = -tensor.numel() * float((shares * np.log2(shares)).sum())
+        lengths[context] = 8 * length / bound
+        assert 8 * (len(frame) - length) - signs < 0.02 * 8 * len(frame)
+        found = decode(frame)
+        assert float((found - tensor).norm() / tensor.norm()) == pytest.approx(
+            error, rel=0.03
+        )
+    assert lengths["none"] < 1.02
+    return lengths
+
+
+@pytest.mark.parametrize("kind", ["half-normal", "exponential", "uniform"])
+@pytest.mark.parametrize("error", [0.05, 0.25])
+def test_length_is_the_entropy(kind: str, error: float) -> None:
+    shape = (64, 16, 16, 16)
+    drawn = {
+        "half-normal": torch.randn(shape).abs(),
+        "exponential": torch.empty(shape).exponential_(),
+        "uniform": torch.rand(shape),
+    }[kind]
+    for tensor in (drawn, drawn * torch.randn(shape).sign()):
+        for length in check_lengths(tensor, error).values():
+            assert 0.998 < length < 1.02
+
+
+@pytest.mark.parametrize("error", [0.05, 0.25])
+def test_maps_are_shorter_than_their_entropy(error: float) -> None:
+    lengths = check_lengths(smooth((64, 16, 16, 16)), error)
+    assert lengths["spatial"] < 0.9 and lengths["spatial"] < 0.95 * lengths["none"]
+
+
+@pytest.fixture(scope="module")
+def real_activation(data_root: Path) -> torch.Tensor:
+    """Return the activation of 256 CIFAR-10 images after some steps on others."""
+    data = dataset.load(dataset.DatasetConfig(name="cifar10", root=str(data_root)))
+    network = nn.Sequential(*model.build("small_cnn", 10, 3, seed=0)).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(256, 256 + 20 * 64, 64):
+        images, labels = data.train_batch(torch.arange(start, start + 64), generator)
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, _ = data.train_batch(torch.arange(256), generator)
+    return network[0](images).detach()
+
+
+@pytest.mark.parametrize("error", [0.05, 0.25])
+def test_real_activations_are_shorter_than_their_entropy(
+    real_activation: torch.Tensor, error: float
+) -> None:
+    lengths = check_lengths(real_activation, error)
+    assert lengths["spatial"] < 0.8 and lengths["spatial"] < 0.85 * lengths["none"]
+
+
+@pytest.mark.parametrize("context", ["spatial", "none"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("shape", [(), (30,), (9, 11), (4, 3, 8, 8), (2, 2, 3, 4, 5)])
+def test_frames_are_those_of_the_page(
+    context: str, signed: bool, shape: tuple[int, ...]
+) -> None:
+    """Decoded by a decoder that is written from docs/frame.md alone."""
+    for dtype in (torch.float32, torch.float64):
+        for step in (0.004, 0.1, 1.0):
+            tensor = torch.randn(shape).to(dtype)
+            tensor = tensor if signed else tensor.relu()
+            frame = make("ec", step=step, context=context).encode(tensor)
+            by_page = torch.tensor(reference_decoder.ec_frame(frame), dtype=dtype)
+            assert torch.equal(decode(frame), by_page.view(shape))
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 16.0])
+@pytest.mark.parametrize("signed", [False, True])
+def test_ec_keeps_to_its_budget(target: float, signed: bool) -> None:
+    noise = torch.randn(64, 4096)
+    for tensor in (
+        smooth((32, 16, 16, 16), signed=signed),
+        noise if signed else noise.abs(),
+        smooth((32, 16, 16, 16), signed=signed) ** 5,  # most are far below the largest
+    ):
+        frame = make("ec", bits=target).encode(tensor)
+        assert 8 * len(frame) / tensor.numel() == pytest.approx(target, rel=0.03)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("signed", [False, True])
+def test_ec_keeps_to_its_error(target: float, signed: bool) -> None:
+    noise = torch.randn(64, 4096)
+    for tensor in (
+        smooth((32, 16, 16, 16), signed=signed),
+        noise if signed else noise.abs(),
+    ):
+        decoded = decode(make("ec", error=target).encode(tensor))
+        error = float((decoded - tensor).norm() / tensor.norm())
+        assert error == pytest.approx(target, rel=0.03)
+
+
+def test_one_huge_value_does_ec_no_harm() -> None:
+    tensor = smooth((16, 16, 16, 16))
+    spoiled = tensor.clone()
+    spoiled[3, 3, 3, 3] = 1e6
+    plain = make("ec", step=0.5).encode(tensor)
+    step = 0.5 * float(tensor.std()) / float(spoiled.std())
+    frame = make("ec", step=max(step, 1e-4)).encode(spoiled)
+    decoded = decode(frame)
+    assert decoded[3, 3, 3, 3] == 1e6
+    rest = spoiled.clone()
+    decoded[3, 3, 3, 3] = rest[3, 3, 3, 3] = 0
+    assert (decoded - rest).norm() / rest.norm() < 0.3
+    assert len(frame) < 1.5 * len(plain)
+
+
+def test_context_pays_on_maps_alone() -> None:
+    maps, noise = smooth((32, 16, 16, 16)), torch.randn(32, 16, 16, 16).abs()
+    for tensor, most in ((maps, 0.85), (noise, 1.02)):
+        with_, without = (
+            len(make("ec", error=0.2, context=context).encode(tensor))
+            for context in ("spatial", "none")
+        )
+        assert with_ < most * without
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def test_frames_of_an_earlier_version_are_refused() -> None:
+    with pytest.raises(FrameError) as caught:
+        decode(EARLIER)
+    assert str(caught.value) == "ec frame has 19 bytes of parameters, expected 20"
+
+
+@pytest.mark.parametrize("form", [0, 1, 2, 5, 16])
+def test_unknown_forms_are_refused(form: int) -> None:
+    header, payload = wire.parse(make("ec").encode(torch.randn(50)))
+    params = bytes([form]) + header.params[1:]
+    broken = wire.Header("ec", header.dtype, header.shape, params)
+    with pytest.raises(FrameError, match=f"^ec frame declares form {form}, "):
+        decode(wire.assemble(broken, [bytes(payload)]))
+
+
+def test_counts_must_be_those_of_the_symbols() -> None:
+    """Exact values and signs are as many as the symbols call for."""
+    tensor = torch.randn(400)
+    header, payload = wire.parse(make("ec", step=0.004).encode(tensor))
+    form, alphabet, signed, exact, length, signs = fields_of(header)
+    assert alphabet == 256 and exact > 0 and signs > 0
+    layout = "<BHBIIQ"
+    start, end = 4 * 254, len(payload) - (signs + 7) // 8
+    fewer = bytes(payload[: start + 4 * (exact - 1)]) + bytes(
+        payload[start + 4 * exact :]
+    )
+    cut = bytes(payload[:end]) + bytes((signs - 8 + 7) // 8)
+    for fields, body, message in (
+        ((form, 256, 1, exact - 1, length, signs), fewer, "keeps .* but marks"),
+        ((form, 256, 1, exact, length, signs - 8), cut, "keeps .* but marks"),
+        ((form, 256, 2, exact, length, signs), bytes(payload), "signs 2"),
+        ((form, 257, 1, exact, length, signs), bytes(payload), "257 symbols"),
+        ((form, 256, 1, 401, length, signs), bytes(payload), "401 exact values"),
+        ((form, 256, 1, exact, length + 1, signs), bytes(payload), "implies"),
+    ):
+        params = struct.pack(layout, *fields)
+        broken = wire.Header("ec", header.dtype, header.shape, params)
+        with pytest.raises(FrameError, match=message):
+            decode(wire.assemble(broken, [body]))
