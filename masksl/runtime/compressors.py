@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from typing import get_type_hints
 
+import torch
+
 from masksl import compress
 from masksl.compress import Compressor
 from masksl.settings import ConfigError, Value, options
 
+EXACT = compress.make("none")
+"""The compressor that loses nothing."""
 
-def compressor_of(settings: Mapping[str, Value], slot: str) -> Compressor:
+
+def compressor_of(
+    settings: Mapping[str, Value], slot: str, dtype: torch.dtype = torch.float32
+) -> Compressor:
     """Make the compressor of a slot.
 
     Parameters
@@ -17,16 +24,19 @@ def compressor_of(settings: Mapping[str, Value], slot: str) -> Compressor:
         All settings, flat.
     slot : str
         ``compressor``, ``gradient_compressor``, ...
+    dtype : torch.dtype
+        Type of the tensors that go through it.
 
     Raises
     ------
     ConfigError
-        If its name is unknown, or an option is unknown or not allowed.
+        If its name is unknown, it does not encode tensors of the type, or an option is
+        unknown or not allowed.
     """
     name = settings.get(f"{slot}.name")
-    if name not in compress.COMPRESSORS:
-        allowed = f"one of {', '.join(compress.COMPRESSORS)}"
-        raise ConfigError.of(f"{slot}.name", name, allowed)
+    able = [key for key, cls in compress.COMPRESSORS.items() if dtype in cls.dtypes]
+    if name not in able:
+        raise ConfigError.of(f"{slot}.name", name, f"one of {', '.join(able)}")
     types = get_type_hints(compress.COMPRESSORS[str(name)])
     given = options(settings, slot, types)
     del given["name"]

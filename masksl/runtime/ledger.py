@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     bytes : int
         Length as sent.
     dense : int
-        Bytes of the same tensor in float32.
+        Bytes of the same tensors in float32. Integers and labels count as they are.
     """
 
     kind: str

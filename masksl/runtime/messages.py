@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from masksl import compress
-from masksl.codec import wire
+from masksl.codec import planes, wire
 from masksl.compress import FrameError, NotFiniteError
 from masksl.runtime.ledger import Entry
 
@@ -28,8 +28,9 @@ SETTINGS = "settings"
 STATE = "state."  # prefix of records that restore a client's own state
 
 FRAME = "masksl.frame"
+FRAMES = "masksl.frames"
 _TENSOR = "masksl.tensor"
-_EXACT = compress.make("none")
+_ONLY = "frame"  # key of the one array of a record
 
 
 class RunError(RuntimeError):
@@ -93,6 +94,8 @@ def _entry(kind: str, array: Array) -> Entry:
     sent = len(array.data)
     if array.stype == FRAME:
         return Entry(kind, sent, 4 * wire.declared_elements(array.data))
+    if array.stype == FRAMES:
+        return Entry(kind, sent, array.shape[0])
     return Entry(kind, sent, sent)
 
 
@@ -101,26 +104,58 @@ def _entry(kind: str, array: Array) -> Entry:
 
 def frame_record(frame: bytes) -> ArrayRecord:
     """Return a record with one frame, which is not copied."""
-    record = ArrayRecord()
-    record["frame"] = _frame_array(frame)
-    return record
+    return _record_of(frame, FRAME, len(frame))
 
 
 def frame_of(content: RecordDict, kind: str) -> bytes:
     """Return the one frame of a kind; `FrameError` if there is none."""
+    return _bytes_of(content, kind, FRAME)
+
+
+def set_record(data: bytes, dense: int) -> ArrayRecord:
+    """Return a record with one frame-set, which is not copied.
+
+    Parameters
+    ----------
+    data : bytes
+        The frame-set, `masksl.compress.encode_set`.
+    dense : int
+        What the ledger compares it with, `dense_bytes` of its tensors. Flower's
+        description of the array has it as the array's shape: it reaches the other side
+        without being one of the bytes that are counted.
+    """
+    return _record_of(data, FRAMES, dense)
+
+
+def set_of(content: RecordDict, kind: str = MODEL) -> bytes:
+    """Return the one frame-set of a kind; `FrameError` if there is none."""
+    return _bytes_of(content, kind, FRAMES)
+
+
+def dense_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors without compression.
+
+    Floating ones in float32, four bytes an element; all others as they are.
+    """
+    return sum(
+        4 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
+        for tensor in tensors.values()
+    )
+
+
+def _record_of(data: bytes, stype: str, size: int) -> ArrayRecord:
+    record = ArrayRecord()
+    record[_ONLY] = Array(dtype="uint8", shape=(size,), stype=stype, data=data)
+    return record
+
+
+def _bytes_of(content: RecordDict, kind: str, stype: str) -> bytes:
     try:
-        return _frame_bytes(content.array_records[kind]["frame"])
+        array = content.array_records[kind][_ONLY]
     except KeyError:
         raise FrameError(f"message without {kind}") from None
-
-
-def _frame_array(frame: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(frame),), stype=FRAME, data=frame)
-
-
-def _frame_bytes(array: Array) -> bytes:
-    if array.stype != FRAME:
-        raise FrameError(f"array of type {array.stype!r}, expected {FRAME!r}")
+    if array.stype != stype:
+        raise FrameError(f"{kind} of type {array.stype!r}, expected {stype!r}")
     return array.data
 
 
@@ -128,49 +163,40 @@ def _frame_bytes(array: Array) -> bytes:
 
 
 def model_record(tensors: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Encode tensors by name as exact frames, integers as float64."""
-    record = ArrayRecord()
+    """Encode tensors by name as one frame-set of exact values.
+
+    The receiver needs tensors of the same order, see `model_of`. `NotFiniteError` names
+    the first tensor that has values that are not finite: a model that diverged.
+    """
     for name, tensor in tensors.items():
-        exact = tensor if tensor.is_floating_point() else tensor.double()
-        record[name] = _frame_array(_EXACT.encode(exact))
-    return record
+        if tensor.is_floating_point() and tensor.numel():
+            planes.finite_bounds(wire.flatten(tensor), f"tensor {name}")
+    return set_record(compress.encode_set(tensors), dense_bytes(tensors))
 
 
 def model_of(
     content: RecordDict, like: Mapping[str, torch.Tensor], kind: str = MODEL
 ) -> dict[str, torch.Tensor] | None:
-    """Decode the tensors of a message, None if it has none.
+    """Decode the exact tensors of a message, None if it has none.
 
     Parameters
     ----------
     content : RecordDict
         Content of the message.
     like : Mapping[str, torch.Tensor]
-        Tensors by name with the expected shapes. The decoded tensors have their dtypes
-        and device.
+        Tensors by name with the expected dtypes and shapes, in the order in which they
+        were encoded. The decoded tensors have their names and devices.
     kind : str
         Name of the record.
 
     Raises
     ------
     FrameError
-        If names or shapes differ, or a frame is broken.
+        If the tensors are of other dtypes or shapes, or the frame-set is broken.
     """
-    record = content.array_records.get(kind)
-    if record is None:
+    if kind not in content.array_records:
         return None
-    if set(record) != set(like):
-        raise FrameError(f"{kind} of {len(record)} tensors, expected {len(like)}")
-    tensors = {}
-    for name, expected in like.items():
-        tensor = compress.decode(_frame_bytes(record[name]), device=expected.device)
-        if tensor.shape != expected.shape:
-            raise FrameError(
-                f"tensor {name} of shape {tuple(tensor.shape)}, "
-                f"expected {tuple(expected.shape)}"
-            )
-        tensors[name] = tensor.to(expected.dtype)
-    return tensors
+    return compress.decode_set(set_of(content, kind), like)
 
 
 # --- state ----------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_frame_without_positions_names_its_client(
         (("batch_size=100", "optimizer.lr=1e18"), "round 1, evaluation 0: loss not"),
         (
             ("client_sync=step", "optimizer.lr=1e30", "optimizer.weight_decay=1e12"),
-            "round 1, step 1, client half: none: ",
+            "round 1, step 1, client half: tensor ",
         ),
     ],
 )

@@ -1,10 +1,15 @@
 """The ledger: every byte, by direction, kind and phase, and the simulated link."""
 
+import pickle
+from collections.abc import Mapping
+
 import pytest
 import torch
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from masksl import compress
 from masksl.compress import FrameError, make
+from masksl.engine.packing import pack, unpack
 from masksl.methods.split.messages import label_record, labels_of
 from masksl.runtime import messages
 from masksl.runtime.ledger import Entry, Ledger, Link
@@ -24,6 +29,7 @@ TRAIN_STEPS = [[25, 25, 2], [25, 26]]
 TEST_STEPS = [[10, 10, 1], [10, 10]]
 UNIT = 64 * 4 * 4  # elements of a sample's activation
 HEADER = 44  # of four dimensions, without the compressor's parameters
+SET_HEADER = 32  # of a frame-set of exact tensors
 
 
 def ms_frame(samples: int) -> int:
@@ -35,9 +41,9 @@ def none_frame(samples: int) -> int:
     return HEADER + 1 + 4 * samples * UNIT
 
 
-def half_frames() -> int:
-    """Frames of the client half: weights 64x1x3x3, four vectors of 64, a counter."""
-    return (45 + 4 * 576) + 4 * (33 + 4 * 64) + (29 + 8)
+def half_set() -> int:
+    """Bytes of the client half: weights 64x1x3x3, four vectors of 64, a counter."""
+    return SET_HEADER + 4 * 576 + 4 * (4 * 64) + 8
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +59,13 @@ def test_every_byte_of_a_run_is_counted(by_round: Training) -> None:
             "up": {
                 "activation": sum(map(ms_frame, steps)),
                 "label": 103,
-                "model": 2 * half_frames(),
+                "model": 2 * half_set(),
             },
             "down": {"gradient": sum(map(none_frame, steps))},
         },
         "evaluation": {
             "up": {"activation": sum(map(ms_frame, tests)), "label": 41},
-            "down": {"model": 2 * half_frames()},
+            "down": {"model": 2 * half_set()},
         },
     }
     for row in by_round.rows:
@@ -91,10 +97,10 @@ def test_compression_factor_is_that_of_the_frames(by_round: Training) -> None:
 def test_bytes_under_step() -> None:
     row = train(*OVERRIDES, "client_sync=step").rows[1]
     # A step brings the half to all that take part; gradients and statistics go up.
-    assert row["bytes"]["training"]["up"]["model"] == 5 * half_frames()
+    assert row["bytes"]["training"]["up"]["model"] == 5 * half_set()
     # In round 2 those of the first step have it from the evaluation.
-    assert row["bytes"]["training"]["down"]["model"] == 3 * half_frames()
-    assert row["bytes"]["evaluation"]["down"]["model"] == 2 * half_frames()
+    assert row["bytes"]["training"]["down"]["model"] == 3 * half_set()
+    assert row["bytes"]["evaluation"]["down"]["model"] == 2 * half_set()
 
 
 @pytest.mark.parametrize(
@@ -155,12 +161,12 @@ def test_link_time_of_a_round(by_round: Training) -> None:
         sizes = [sizes[step] for sizes in TRAIN_STEPS if step < len(sizes)]
         expected += max(ms_frame(size) + size for size in sizes)
         expected += max(map(none_frame, sizes))
-        last = [half_frames() for sizes in TRAIN_STEPS if step == len(sizes) - 1]
+        last = [half_set() for sizes in TRAIN_STEPS if step == len(sizes) - 1]
         expected += max(last, default=0)
     for step in range(3):
         sizes = [sizes[step] for sizes in TEST_STEPS if step < len(sizes)]
         expected += max(ms_frame(size) + size for size in sizes)
-    expected += half_frames()
+    expected += half_set()
     seconds = by_round.rows[0]["link_seconds"]
     assert seconds == pytest.approx(8 * expected / 100e6, rel=1e-9)
 
@@ -213,11 +219,67 @@ def test_models_must_match() -> None:
     received = messages.model_of(content, like)
     assert received is not None
     assert all(torch.equal(received[name], sent[name]) for name in sent)
-    with pytest.raises(FrameError, match="model of 2 tensors, expected 1"):
+    with pytest.raises(FrameError, match="of 2 tensors, expected 1"):
         messages.model_of(content, {"w": like["w"]})
-    with pytest.raises(FrameError, match=r"tensor w of shape \(2, 3\)"):
-        messages.model_of(content, {"w": torch.zeros(3, 2), "n": like["n"]})
+    for other in (
+        {"w": torch.zeros(3, 2), "n": like["n"]},
+        {"n": like["n"], "w": like["w"]},
+    ):
+        with pytest.raises(FrameError, match="other dtypes or shapes than expected"):
+            messages.model_of(content, other)
     assert messages.model_of(messages.RecordDict(), like) is None
+    frame = messages.frame_record(make("none").encode(like["w"]))
+    with pytest.raises(FrameError, match="model of type 'masksl.frame', expected"):
+        messages.model_of(messages.RecordDict({"model": frame}), like)
+
+
+def test_a_model_that_diverged_is_not_sent() -> None:
+    sent = {"w": torch.ones(3), "v": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(compress.NotFiniteError, match="tensor v: 1 of 2 values"):
+        messages.model_record(sent)
+
+
+def old_frames(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors as a `none` frame each, integers as float64."""
+    return sum(
+        28 + 4 * tensor.ndim + 1 + tensor.numel() * max(tensor.itemsize, 4)
+        for tensor in tensors.values()
+    )
+
+
+def test_what_one_header_for_all_tensors_saves() -> None:
+    two = {"w": torch.ones(2, 3), "n": torch.tensor(7)}
+    (entry,) = messages.entries(
+        messages.RecordDict({"model": messages.model_record(two)})
+    )
+    assert old_frames(two) == (28 + 4 * 2 + 1 + 4 * 6) + (28 + 1 + 8)
+    assert entry == Entry("model", SET_HEADER + 4 * 6 + 8, 4 * 6 + 8)
+    assert old_frames(two) - entry.bytes == (28 + 4 * 2 + 1) + (28 + 1) - SET_HEADER
+    # The half of the default job: 60 uploads, one a client and round, as many back.
+    half = {"w": torch.ones(64, 1, 3, 3), "n": torch.tensor(7)}
+    half |= {f"v{i}": torch.ones(64) for i in range(4)}
+    (entry,) = messages.entries(
+        messages.RecordDict({"model": messages.model_record(half)})
+    )
+    assert old_frames(half) - entry.bytes == 45 + 4 * 33 + 29 - SET_HEADER == 174
+    assert (60 * old_frames(half), 60 * entry.bytes) == (212_520, 202_080)
+
+
+def test_dense_bytes_of_a_set_are_the_senders_and_not_counted_as_sent() -> None:
+    update = {"w": torch.randn(50, 40), "h": torch.randn(10).half()}
+    update |= {"n": torch.tensor(3), "mask": torch.ones(5, dtype=torch.bool)}
+    dense = messages.dense_bytes(update)
+    assert dense == 4 * 2000 + 4 * 10 + 8 + 5
+    data = compress.encode_set(update, make("sp", sparsity=0.9))
+    content = messages.RecordDict({"update": messages.set_record(data, dense)})
+    assert messages.entries(content) == [Entry("update", len(data), dense)]
+    # The same after the content has been serialised, as on its way to another process.
+    (received,) = unpack(pickle.loads(pickle.dumps(pack([content]))))
+    for other in (received, recorddict_from_proto(recorddict_to_proto(content))):
+        assert messages.entries(other) == [Entry("update", len(data), dense)]
+        assert messages.set_of(other, "update") == data
+    with pytest.raises(FrameError, match="message without model"):
+        messages.set_of(content)
 
 
 def test_dense_bytes_are_float32_bytes() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from masksl import model
 from masksl.compress import decode, kept_positions
 from masksl.dataset import DATASETS
-from masksl.methods.client import MODEL, MOMENTUM, Client, ClientMethod, Place, place_of
+from masksl.methods.client import MODEL, Client, ClientMethod, Place, place_of
 from masksl.methods.split import SplitConfig
 from masksl.methods.split.messages import (
     ACTIVATION,
@@ -23,8 +23,9 @@ from masksl.methods.split.messages import (
     label_record,
 )
 from masksl.runtime import messages
-from masksl.settings import Settings, parse
+from masksl.settings import Settings, parse, read
 from masksl.training.network import LocalNetwork
+from masksl.training.optimizer import OptimizerConfig
 from masksl.training.tensors import Tensors
 
 _SENT = "sent"  # record of the frame whose positions its gradient is sent at
@@ -109,7 +110,8 @@ def forward(client: Client, content: RecordDict) -> RecordDict:
     reply = _activation_reply(client, frame, labels)
     more = {}
     if place.step == 0:
-        decoded = decode(frame, device=activation.device)
+        count = activation.numel()
+        decoded = decode(frame, device=activation.device, max_elements=count)
         more["relative_error"] = relative_error(activation, decoded)
     reply[messages.METRICS] = client.metrics(**more)
     return reply
@@ -119,16 +121,18 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.backward`: back-propagate, then step or send gradients up."""
     place = place_of(content)
     sync = _config(client).client_sync
-    with client.watch("codec"):
-        frame = messages.frame_of(content, GRADIENT)
-        gradient = decode(frame, device=client.setup.device)
-        positions = _gradient_positions(client)
-    with client.watch("compute"):
-        network = GRAPHS.take(client.context.run_id, client.number, place)
-        rebuilt = network is None
-        if network is None:
+    network = GRAPHS.take(client.context.run_id, client.number, place)
+    rebuilt = network is None
+    if network is None:
+        with client.watch("compute"):
             network = client.network(shared=_is_shared(client))
             run_forward(client, network, place)
+    with client.watch("codec"):
+        positions = _gradient_positions(client, network.outputs)
+        count = network.outputs if positions is None else positions.numel()
+        frame = messages.frame_of(content, GRADIENT)
+        gradient = decode(frame, device=client.setup.device, max_elements=count)
+    with client.watch("compute"):
         gradients = network.backward(gradient, positions)
     sent: Tensors | None = None
     if sync == "step":
@@ -192,9 +196,9 @@ def own_state(settings: Settings) -> Collection[str]:
     """Return the names of what only the client knows under a ``client_sync``."""
     sync = settings["client_sync"]
     if sync == "step":
-        return ()  # half and momentum are the server's
-    momentum = [MOMENTUM] if settings["optimizer.momentum"] else []
-    return [*momentum, MODEL] if sync == "never" else momentum
+        return ()  # the half and its optimiser are the server's
+    names = list(read(OptimizerConfig, settings, "optimizer").states)
+    return [*names, MODEL] if sync == "never" else names
 
 
 HANDLERS = {FORWARD: forward, BACKWARD: backward, EVALUATE: evaluate}
@@ -219,12 +223,21 @@ def _graphs_kept(client: Client) -> float:
     return parse(value, int | None) or math.inf
 
 
-def _gradient_positions(client: Client) -> torch.Tensor | None:
-    """Return the positions that its gradient is sent at, None if all."""
+def _gradient_positions(client: Client, elements: int) -> torch.Tensor | None:
+    """Return the positions that its gradient is sent at, None if all.
+
+    Parameters
+    ----------
+    client : Client
+        The client.
+    elements : int
+        Number of elements of its activation.
+    """
     if _config(client).gradient_positions == "all":
         return None
     frame = messages.frame_of(client.context.state, _SENT)
-    return kept_positions(frame, device=client.setup.device)
+    device = client.setup.device
+    return kept_positions(frame, device=device, max_elements=elements)
 
 
 def _activation_reply(client: Client, frame: bytes, labels: torch.Tensor) -> RecordDict:

@@ -1,13 +1,13 @@
 """The server half of a cut network: forward, backward, step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from masksl.training.compute import FLOAT32, ComputeConfig, compute
-from masksl.training.optimizer import OptimizerConfig
+from masksl.training.optimizer import OptimizerConfig, load_state, state_of
 from masksl.training.score import Score, mean_loss, score
 from masksl.training.tensors import Tensors, copies
 from masksl.utils import MANY_CLIENTS, trim_heap
@@ -41,6 +41,7 @@ class ServerHalf:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = module
         self._call = torch.compile(module) if compute_config.compile else module
+        self._optimizer_config = config
         self._optimizer = config.make(list(module.parameters()))
         self._threads = threads
         self._config = compute_config
@@ -138,23 +139,23 @@ class ServerHalf:
     def _compute(self, seed: int = 0) -> AbstractContextManager[None]:
         return compute(self._threads, self.device, seed, self._config)
 
-    def state(self) -> tuple[Tensors, Tensors]:
-        """Return copies of its parameters and buffers, and of its momentum, by name."""
-        momentum = {}
-        for name, parameter in self.module.named_parameters():
-            buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                momentum[name] = buffer.clone()
-        return copies(self.module.state_dict()), momentum
+    def state(self) -> tuple[Tensors, dict[str, Tensors]]:
+        """Return copies of its parameters and buffers, and of what its optimiser
+        remembers, by name."""
+        parameters = dict(self.module.named_parameters())
+        state = state_of(self._optimizer, parameters, self._optimizer_config)
+        groups = {name: copies(tensors) for name, tensors in state.items()}
+        return copies(self.module.state_dict()), groups
 
-    def load(self, tensors: Tensors, momentum: Tensors) -> None:
+    def load(self, tensors: Tensors, state: Mapping[str, Tensors]) -> None:
         """Load copies of what `state` returned, from any device."""
         self.module.load_state_dict(tensors)
-        self._optimizer.state.clear()
-        for name, parameter in self.module.named_parameters():
-            if name in momentum:
-                buffer = momentum[name].to(parameter.device, copy=True)
-                self._optimizer.state[parameter]["momentum_buffer"] = buffer
+        parameters = dict(self.module.named_parameters())
+        own = {
+            group: {name: t.to(self.device, copy=True) for name, t in members.items()}
+            for group, members in state.items()
+        }
+        load_state(self._optimizer, parameters, own, self._optimizer_config)
 
     def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
         """Score a batch of decoded activations against its labels."""

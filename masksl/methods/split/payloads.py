@@ -48,10 +48,29 @@ class Payloads:
         self._classes = DATASETS[str(settings["dataset.name"])].classes
         self._device = device
 
+    # pylint: disable-next=too-many-arguments,too-many-positional-arguments
     def decode(
-        self, round_: Round, client: int, content: RecordDict, step: int
+        self,
+        round_: Round,
+        client: int,
+        content: RecordDict,
+        step: int,
+        most: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the activation and the labels of a reply.
+
+        Parameters
+        ----------
+        round_ : Round
+            The current round.
+        client : int
+            Number of the client.
+        content : RecordDict
+            Content of its reply.
+        step : int
+            Step within the round.
+        most : int
+            Samples at most.
 
         Returns
         -------
@@ -60,8 +79,9 @@ class Payloads:
         """
         with ends_run(round_.place(step, client, self.compressor)):
             frame = messages.frame_of(content, ACTIVATION)
+            count = most * self._shape.numel()
             with round_.watch("codec"):
-                activation = decode(frame, device=self._device)
+                activation = decode(frame, device=self._device, max_elements=count)
             if activation.shape[1:] != self._shape or activation.dtype != torch.float32:
                 sizes = ", ".join(map(str, self._shape))
                 raise FrameError(
@@ -83,7 +103,10 @@ class Payloads:
         """Return a gradient, shape (k,), at the positions kept by its activation."""
         with ends_run(round_.place(step, client, self.compressor)):
             frame = messages.frame_of(reply, ACTIVATION)
-            positions = kept_positions(frame, device=gradient.device)
+            count = gradient.numel()
+            positions = kept_positions(
+                frame, device=gradient.device, max_elements=count
+            )
         return gradient.flatten()[positions]
 
     def encode_gradient(

@@ -199,10 +199,11 @@ class SplitServer(ServerMethod):
     ) -> tuple[list[torch.Tensor], float]:
         """Take the server half's step on all replies; return gradients and loss."""
         activations, labels = [], []
+        most = self.run.batch_size + 1  # a tail of one sample joins the batch before it
         for client in clients:
             content = replies[client.number]
             activation, own_labels = self.payloads.decode(
-                round_, client.number, content, step
+                round_, client.number, content, step, most
             )
             activations.append(activation)
             labels.append(own_labels)
@@ -280,7 +281,9 @@ class SplitServer(ServerMethod):
         replies = round_.exchange(EVALUATE, sent, step=step, label=label)
         score = Score()
         for number, content in replies.items():
-            activation, labels = self.payloads.decode(round_, number, content, step)
+            activation, labels = self.payloads.decode(
+                round_, number, content, step, self.run.eval_batch_size
+            )
             with round_.watch("server"):
                 score += self.half.evaluate(activation, labels)
         return score
@@ -288,9 +291,10 @@ class SplitServer(ServerMethod):
     # --- state and results ------------------------------------------------------------
 
     def state(self) -> State:
-        """Return copies of the halves and their momentum."""
-        tensors, momentum = self.half.state()
-        groups = {"server": tensors, "server.momentum": momentum}
+        """Return copies of the halves and of what their optimisers remember."""
+        tensors, optimizer_state = self.half.state()
+        groups = {"server": tensors}
+        groups |= {f"server.{name}": own for name, own in optimizer_state.items()}
         facts = {}
         if self.shared is not None:
             groups |= self.shared.state()
@@ -299,9 +303,9 @@ class SplitServer(ServerMethod):
 
     def load(self, state: State) -> None:
         """Restore what `state` returned."""
-        self.half.load(
-            group(state.tensors, "server"), group(state.tensors, "server.momentum")
-        )
+        names = self.optimizer.states
+        optimizer_state = {n: group(state.tensors, f"server.{n}") for n in names}
+        self.half.load(group(state.tensors, "server"), optimizer_state)
         if self.shared is not None:
             self.shared.load(state.tensors, state.facts["version"])
 
