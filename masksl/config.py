@@ -14,11 +14,12 @@ import torch
 from pydantic import BaseModel
 
 from masksl import compress, dataset, model
+from masksl.compress import Compressor
 from masksl.dataset import DatasetConfig
 from masksl.engine.options import ENGINES, Processes, RayOptions
 from masksl.methods import method_config, method_of
 from masksl.model import ModelConfig
-from masksl.runtime.compressors import compressor_of
+from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import Link
 from masksl.settings import (
     PLUGINS,
@@ -40,7 +41,7 @@ from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-COMPRESSOR_GROUPS = ("compressor", "gradient_compressor")
+COMPRESSOR_GROUPS = ("compressor", "gradient_compressor", "model_compressor")
 SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "checkpoint": CheckpointConfig,
@@ -132,10 +133,10 @@ def check(settings: Mapping[str, Value]) -> None:
     sections = {p: read(section, settings, p) for p, section in SECTIONS.items()}
     run, data = sections[""], sections["dataset"]
     assert isinstance(run, RunConfig) and isinstance(data, DatasetConfig)
-    for slot in COMPRESSOR_GROUPS:
-        compressor_of(settings, slot)
+    compressors = {slot: compressor_of(settings, slot) for slot in COMPRESSOR_GROUPS}
     _check_model(settings)
-    method_config(settings)
+    for slot in method_config(settings).unused_slots:
+        _check_unused(settings, slot, compressors[slot])
     _check_gradient_positions(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
@@ -249,6 +250,17 @@ def _check_model(settings: Mapping[str, Value]) -> None:
             model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def _check_unused(
+    settings: Mapping[str, Value], slot: str, compressor: Compressor
+) -> None:
+    """Refuse a compressor that nothing would go through."""
+    if compressor != EXACT:
+        same = compressor.name == EXACT.name
+        key, allowed = ("values", "float32") if same else ("name", EXACT.name)
+        key, method = f"{slot}.{key}", settings["method.name"]
+        raise ConfigError.of(key, settings[key], f"{allowed} with method={method}")
 
 
 def _check_gradient_positions(settings: Mapping[str, Value]) -> None:

@@ -183,6 +183,20 @@ def _small_cnn(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*head)]
 
 
+def _lenet(classes: int, channels: int) -> Units:
+    """Return a LeNet for 28x28: two convolutions of 8 and 16 channels, two layers."""
+    units: Units = [
+        nn.Sequential(
+            nn.Conv2d(before, after, 5),
+            nn.MaxPool2d(2),
+            nn.ReLU(inplace=True),
+        )
+        for before, after in pairwise([channels, 8, 16])
+    ]
+    hidden = nn.Flatten(), nn.Linear(16 * 4 * 4, 64), nn.ReLU(inplace=True)
+    return [*units, nn.Sequential(*hidden), nn.Sequential(nn.Linear(64, classes))]
+
+
 _VGG19_LAYERS: list[int | str] = [
     *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
     *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
@@ -278,6 +292,9 @@ _RESNET34_CUTS = {"shallow": 2, "medium": 8, "deep": 14}
 ARCHITECTURES = {
     "small_cnn": Architecture(
         _small_cnn, 4, {"shallow": 1, "medium": 2, "deep": 3}, (), (1, 3)
+    ),
+    "lenet": Architecture(
+        _lenet, 4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)
     ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
     "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),

@@ -35,9 +35,13 @@ class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan
     ----------
     top_level : tuple[str, ...]
         Fields whose keys stand without the prefix of their section.
+    unused_slots : tuple[str, ...]
+        Of a method: slots of compressors that must be ``none``, because it sends
+        nothing through them.
     """
 
     top_level: ClassVar[tuple[str, ...]] = ()
+    unused_slots: ClassVar[tuple[str, ...]] = ()
 
 
 _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"

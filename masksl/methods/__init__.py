@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from masksl.methods.fedavg import FedAvgConfig
 from masksl.methods.split import SplitConfig
 from masksl.settings import ConfigError, Section, Value, read
 
@@ -47,6 +48,11 @@ METHODS: dict[str, Method] = {
         SplitConfig,
         "masksl.methods.split.server:SplitServer",
         "masksl.methods.split.client:CLIENT",
+    ),
+    "fedavg": Method(
+        FedAvgConfig,
+        "masksl.methods.fedavg.server:FedAvgServer",
+        "masksl.methods.fedavg.client:CLIENT",
     ),
 }
 """Every method by its name."""

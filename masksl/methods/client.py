@@ -38,12 +38,11 @@ from masksl.settings import (
 )
 from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.network import LocalNetwork
-from masksl.training.optimizer import OptimizerConfig
+from masksl.training.optimizer import STEP, OptimizerConfig
 from masksl.training.tensors import Tensors, tensors_of
 from masksl.utils import Stopwatch, derive_seed
 
 MODEL = "model"
-MOMENTUM = "momentum"
 
 Handler = Callable[["Client", RecordDict], RecordDict]
 
@@ -77,9 +76,10 @@ class Place(NamedTuple):
 
 
 class _Shuffled(NamedTuple):
-    """The shuffled samples of a client in one round, and the bounds of its batches."""
+    """The shuffled samples of a client in one pass, and the bounds of its batches."""
 
     round: int
+    epoch: int
     order: torch.Tensor
     bounds: list[tuple[int, int]]
 
@@ -128,6 +128,8 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     units = model.build(name, spec.classes, spec.channels, seed=seed)
     method: ClientMethod = method_of(settings).client_side
     module = method.module(settings, units).to(device)
+    compressor = compressor_of(settings, "compressor")
+    compressor.warm_up()
     return Setup(
         settings=settings,
         run=run,
@@ -135,7 +137,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
         method=method,
         threads=read(ThreadsConfig, settings, "threads").client,
         dataset=dataset,
-        compressor=compressor_of(settings, "compressor"),
+        compressor=compressor,
         optimizer=read(OptimizerConfig, settings, "optimizer"),
         compute=read(ComputeConfig, settings, "compute"),
         module=module,
@@ -245,24 +247,34 @@ class Client:
         samples = len(self.data().test.labels)
         return shards(samples, self.run.clients, self.run.seed)[self.number]
 
+    def train_steps(self) -> int:
+        """Return the mini-batches of a pass over its training samples."""
+        return len(batches(len(self.train_part()), self.run.batch_size))
+
     def train_batch(self, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the augmented mini-batch of a step: images and labels."""
-        shuffled = self._shuffle(place.round)
-        start, end = shuffled.bounds[place.step]
+        """Return the augmented mini-batch of a step: images and labels.
+
+        Steps beyond a pass over its samples belong to further passes, which are
+        shuffled anew.
+        """
+        epoch, step = divmod(place.step, self.train_steps())
+        shuffled = self._shuffle(place.round, epoch)
+        start, end = shuffled.bounds[step]
         generator = torch.Generator().manual_seed(self.seed("augment", place))
         return self.data().train_batch(shuffled.order[start:end], generator)
 
-    def _shuffle(self, round_: int) -> _Shuffled:
-        """Return its samples in the order of a round, drawn once a round."""
+    def _shuffle(self, round_: int, epoch: int) -> _Shuffled:
+        """Return its samples in the order of a pass of a round, drawn once."""
         cache = self.setup.caches.shuffled
         shuffled = cache.get(self.number)
-        if shuffled is None or shuffled.round != round_:
+        if shuffled is None or (shuffled.round, shuffled.epoch) != (round_, epoch):
             part = self.train_part()
-            seed = self.seed("shuffle", Place(round_, 0))
+            seed = self.seed("shuffle", Place(round_, epoch))
             generator = torch.Generator().manual_seed(seed)
             order = part[torch.randperm(len(part), generator=generator)]
             bounds = batches(len(part), self.run.batch_size)
-            shuffled = cache[self.number] = _Shuffled(round_, order, bounds)
+            shuffled = _Shuffled(round_, epoch, order, bounds)
+            cache[self.number] = shuffled
         return shuffled
 
     def test_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,18 +321,19 @@ class Client:
             tensors = state[MODEL]
         else:
             tensors = _own(setup.initial, shared)
-        momentum = state.get(MOMENTUM, {})
+        names = [name for name in setup.optimizer.states if name in state]
+        optimizer_state = {name: state[name] for name in names}
         network = LocalNetwork(
-            setup.module, tensors, momentum, setup.threads, setup.compute
+            setup.module, tensors, optimizer_state, setup.threads, setup.compute
         )
         tensors |= {name: buffer.clone() for name, buffer in network.buffers.items()}
         return network
 
     def remember(self, network: LocalNetwork) -> None:
-        """Store a network in the state."""
+        """Store a network and what its optimiser remembers in the state."""
         self.state[MODEL] = network.tensors
-        if network.momentum:
-            self.state[MOMENTUM] = network.momentum
+        for name, tensors in network.optimizer_state.items():
+            self.state[name] = tensors
 
     # --- messages ---------------------------------------------------------------------
 
@@ -353,7 +366,7 @@ class Client:
                 tensors = messages.state_tensors(record, self.setup.device)
                 own = _own(tensors, shared=False)
                 group = name.removeprefix(messages.STATE)
-                if group in (MODEL, MOMENTUM):
+                if group in (MODEL, *self.setup.optimizer.states):
                     _check_shapes(group, own, self.setup.initial)
                 self.state[group] = own
 
@@ -372,11 +385,14 @@ def place_of(content: RecordDict) -> Place:
 def _check_shapes(group: str, tensors: Tensors, like: Tensors) -> None:
     """Raise `FrameError` unless tensors are of the network of the client."""
     for name, tensor in tensors.items():
-        if name not in like or tensor.shape != like[name].shape:
-            raise FrameError(
-                f"saved {group} does not fit the network: {name} of shape "
-                f"{tuple(tensor.shape)}"
-            )
+        if name in like:
+            expected = torch.Size() if group == STEP else like[name].shape
+            if tensor.shape == expected:
+                continue
+        raise FrameError(
+            f"saved {group} does not fit the network: {name} of shape "
+            f"{tuple(tensor.shape)}"
+        )
 
 
 def _own(tensors: Tensors, shared: bool) -> Tensors:

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, RecordDict
 
+from masksl.compress import Compressor, decode_set, encode_set
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.tensors import Tensors, copies, group
+
+_SENT, _BYTES = "sent", "bytes"  # group and name of a compressed model in a state
 
 
 @dataclass
@@ -22,23 +26,31 @@ class GlobalModel:
     parameters : list[str]
         Names of the parameters.
     optimizer_state : dict[str, dict[str, torch.Tensor]]
-        By name, e.g. ``momentum``, a tensor for each parameter.
+        By name, e.g. ``momentum``, a tensor for each parameter; see `apply_gradients`.
     version : int
         Increases whenever the tensors change. Clients begin with version 0.
+    compressor : Compressor | None
+        Compresses the parameters of every version that `replace` makes, and the version
+        is what the clients decode. None sends them exactly.
     """
 
     tensors: Tensors
     parameters: list[str]
-    optimizer_state: dict[str, Tensors] = field(
-        default_factory=lambda: {"momentum": {}}
-    )
+    optimizer_state: dict[str, Tensors] = field(default_factory=dict)
     version: int = 0
+    compressor: Compressor | None = None
     _encoded: tuple[int, ArrayRecord] | None = None
+    _sent: bytes | None = None  # the current version, if it is compressed
 
     def record(self) -> ArrayRecord:
         """Encode the model, once a version."""
         if self._encoded is None or self._encoded[0] != self.version:
-            self._encoded = self.version, messages.model_record(self.tensors)
+            if self._sent is None:
+                record = messages.model_record(self.tensors)
+            else:
+                dense = messages.dense_bytes(self.tensors)
+                record = messages.set_record(self._sent, dense)
+            self._encoded = self.version, record
         return self._encoded[1]
 
     def attach(self, content: RecordDict, client: ClientInfo) -> None:
@@ -63,18 +75,44 @@ class GlobalModel:
         rest = dict(gradients)
         own = {name: rest.pop(name) for name in self.parameters}
         self.tensors |= rest
-        momentum = self.optimizer_state["momentum"]
-        apply_gradients(self.tensors, own, momentum, config, lr)
+        apply_gradients(self.tensors, own, self.optimizer_state, config, lr)
         self.version += 1
 
-    def replace(self, tensors: Tensors) -> None:
-        """Replace all tensors; the version increases."""
+    def replace(self, tensors: Tensors, *, seed: int = 0) -> None:
+        """Replace all tensors; the version increases.
+
+        With a compressor the model becomes at once what its frame-set decodes to, so
+        that server and clients have the same tensors bit for bit, sent or not.
+
+        Parameters
+        ----------
+        tensors : dict[str, torch.Tensor]
+            The new tensors, in the order of the old ones.
+        seed : int
+            Seed of the compressor's draws.
+
+        Raises
+        ------
+        NotFiniteError
+            If values are to be compressed that are not finite.
+        """
+        if self.compressor is not None:
+            exact = tensors.keys() - set(self.parameters)
+            self._sent = encode_set(tensors, self.compressor, exact=exact, seed=seed)
+            tensors = decode_set(self._sent, tensors)
         self.tensors = tensors
         self.version += 1
 
     def state(self, name: str = "model") -> dict[str, Tensors]:
-        """Return copies of all tensors by group: ``name`` and ``name.<state>``."""
+        """Return copies of all tensors by group: ``name`` and ``name.<state>``.
+
+        A compressed version is among them as it was sent, because encoding what was
+        decoded need not give the same bytes.
+        """
         states = {f"{name}.{key}": copies(t) for key, t in self.optimizer_state.items()}
+        if self._sent is not None:
+            sent = torch.from_numpy(np.frombuffer(self._sent, np.uint8).copy())
+            states[f"{name}.{_SENT}"] = {_BYTES: sent}
         return {name: copies(self.tensors)} | states
 
     def load(self, tensors: Tensors, version: int, name: str = "model") -> None:
@@ -85,9 +123,15 @@ class GlobalModel:
             for key, tensor in self.tensors.items()
         }
         device = next(iter(self.tensors.values())).device
-        for key in self.optimizer_state:
-            members = group(tensors, f"{name}.{key}")
-            self.optimizer_state[key] = _on(device, members)
+        groups = {key.partition("/")[0] for key in tensors}
+        states = {
+            key.removeprefix(f"{name}."): _on(device, group(tensors, key))
+            for key in sorted(groups)
+            if key.startswith(f"{name}.")
+        }
+        sent = states.pop(_SENT, None)
+        self._sent = None if sent is None else sent[_BYTES].cpu().numpy().tobytes()
+        self.optimizer_state = states
         self.version = version
         self._encoded = None
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from masksl.report.fedavg import fedavg
 from masksl.report.figure2 import figure2
 from masksl.report.figure3 import figure3
 from masksl.report.runs import runs
@@ -15,7 +16,13 @@ from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
 from masksl.runtime.results import collect
 
-REPORTS = {"runs": runs, "table1": table1, "figure2": figure2, "figure3": figure3}
+REPORTS = {
+    "runs": runs,
+    "table1": table1,
+    "figure2": figure2,
+    "figure3": figure3,
+    "fedavg": fedavg,
+}
 
 
 def main() -> None:

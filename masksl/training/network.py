@@ -8,15 +8,16 @@ from torch.func import functional_call
 
 from masksl.training.compute import FLOAT32, ComputeConfig, compute
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
+from masksl.training.score import mean_loss
 from masksl.training.tensors import Tensors
 
 
 class LocalNetwork:
     """A part of a network with the weights of one client.
 
-    The module is a skeleton that many clients share. Weights, buffers and momentum are
-    tensors of this object alone, so that many of them can be between forward and
-    backward at the same time.
+    The module is a skeleton that many clients share. Weights, buffers and what the
+    optimiser remembers are tensors of this object alone, so that many of them can be
+    between forward and backward at the same time.
 
     Parameters
     ----------
@@ -25,8 +26,9 @@ class LocalNetwork:
     tensors : dict[str, torch.Tensor]
         Every parameter and buffer of the module by its name. They are changed in
         place: parameters by `step`, buffers by `forward`.
-    momentum : dict[str, torch.Tensor]
-        Momentum by the parameter's name; empty before the first step.
+    optimizer_state : dict[str, dict[str, torch.Tensor]]
+        What the optimiser remembers, see `apply_gradients`; empty before the first
+        step. Changed in place by `step`.
     threads : int
         Threads of the CPU kernels.
     config : ComputeConfig
@@ -37,7 +39,7 @@ class LocalNetwork:
         self,
         module: nn.Module,
         tensors: Tensors,
-        momentum: Tensors,
+        optimizer_state: dict[str, Tensors],
         threads: int,
         config: ComputeConfig = FLOAT32,
     ) -> None:
@@ -47,7 +49,7 @@ class LocalNetwork:
         for name in self._names:
             tensors[name].requires_grad_(True)
         self.tensors = tensors
-        self.momentum = momentum
+        self.optimizer_state = optimizer_state
         self._threads = threads
         self._device = next(iter(tensors.values())).device
         self._output: torch.Tensor | None = None
@@ -77,6 +79,11 @@ class LocalNetwork:
         with self._compute(seed):
             self._output = self._run(images)
         return self._output.detach()
+
+    @property
+    def outputs(self) -> int:
+        """Number of elements of the output whose graph is kept, 0 without one."""
+        return 0 if self._output is None else self._output.numel()
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         images = self._config.laid_out(images)
@@ -130,12 +137,53 @@ class LocalNetwork:
         gradients : dict[str, torch.Tensor]
             What `backward` returned.
         config : OptimizerConfig
-            The optimiser. Its momentum stays with this network.
+            The optimiser. What it remembers stays with this network.
         lr : float
             Learning rate of this round.
         """
         with self._compute():
-            apply_gradients(self.tensors, gradients, self.momentum, config, lr)
+            state = self.optimizer_state
+            apply_gradients(self.tensors, gradients, state, config, lr)
+
+    def train(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        config: OptimizerConfig,
+        *,
+        lr: float,
+        seed: int,
+    ) -> float:
+        """Take one optimiser step of a whole network on the mean loss of a mini-batch.
+
+        Parameters
+        ----------
+        images : torch.Tensor
+            float32, shape (B, C, H, W).
+        labels : torch.Tensor
+            int64, shape (B,).
+        config : OptimizerConfig
+            The optimiser.
+        lr : float
+            Learning rate of this round.
+        seed : int
+            Seed of dropout.
+
+        Returns
+        -------
+        float
+            The mean cross-entropy before the step. If it is not finite, there is no
+            step.
+        """
+        logits = self.forward(images, seed=seed).requires_grad_(True)
+        with self._compute():
+            loss = mean_loss(logits, labels)
+            (gradient,) = torch.autograd.grad(loss, logits)
+        if not loss.isfinite():
+            self._output = None
+            return loss.item()
+        self.step(self.backward(gradient), config, lr)
+        return loss.item()
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Return the output for images in evaluation mode; nothing changes."""

@@ -39,7 +39,9 @@ def grouped(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> Tensors:
 
 
 def average(
-    models: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[int]
+    models: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensors:
     """Average tensors by name over clients.
 
@@ -49,6 +51,10 @@ def average(
         For each client its tensors (weights, gradients, buffers), all of one shape.
     weights : Sequence[int]
         Samples of each client.
+    dtype : torch.dtype | None
+        Type of the sums; by default that of each tensor. Sums of float32 in float64 are
+        rounded once, so that equal tensors average to themselves, and are the same on
+        every processor.
 
     Returns
     -------
@@ -64,10 +70,13 @@ def average(
     for name, first in models[0].items():
         tensors = [model[name] for model in models]
         if first.is_floating_point():
-            mean = torch.zeros_like(first)
+            mean = torch.zeros_like(first, dtype=dtype)
             for tensor, weight in zip(tensors, weights, strict=True):
-                mean.add_(tensor, alpha=weight / total)
-            averaged[name] = mean
+                if dtype is None:
+                    mean.add_(tensor, alpha=weight / total)
+                else:  # a product, then a sum: processors may fuse the two above
+                    mean.add_(tensor.to(dtype) * (weight / total))
+            averaged[name] = mean.to(first.dtype)
         else:
             averaged[name] = torch.stack(tensors).amax(dim=0)
     return averaged

@@ -1,0 +1,240 @@
+"""The server side of federated averaging."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import nn
+
+from masksl import dataset, model
+from masksl.compress import decode_set
+from masksl.dataset import DATASETS, DatasetConfig
+from masksl.methods import method_config
+from masksl.methods.base import ServerMethod, State
+from masksl.methods.fedavg import FedAvgConfig
+from masksl.methods.fedavg.messages import EVALUATE, TRAIN, UPDATE, score_of
+from masksl.methods.global_model import GlobalModel
+from masksl.runtime import messages
+from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
+from masksl.runtime.compressors import EXACT, compressor_of
+from masksl.runtime.ledger import Traffic, compression_factor
+from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.round import Round
+from masksl.settings import RunConfig, Settings, ThreadsConfig, read
+from masksl.training.compute import ComputeConfig, resolve_device
+from masksl.training.network import LocalNetwork
+from masksl.training.score import Score, score
+from masksl.training.tensors import Tensors, average, grouped, tensors_of
+from masksl.utils import derive_seed
+
+
+class FedAvgServer(ServerMethod):
+    """Federated averaging (McMahan et al., 2017, algorithm 1).
+
+    In a round, which is one step, every participating client trains the whole network
+    on its data and sends it up; the server averages by samples.
+
+    Parameters
+    ----------
+    settings : Settings
+        Configuration of the run.
+    module : nn.Module
+        The network with its initial weights, on the device of the server.
+    """
+
+    labels: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "compression_factor": ("compression factor of uploads", ".2f"),
+        "bits_per_element": ("bits an uploaded element", ".3f"),
+    }
+
+    def __init__(self, settings: Settings, module: nn.Module) -> None:
+        config = method_config(settings)
+        assert isinstance(config, FedAvgConfig)
+        self.config = config
+        self.run = RunConfig.of(settings)
+        self.module = module
+        down = compressor_of(settings, "model_compressor")
+        self.model = GlobalModel(
+            tensors_of(module),
+            [name for name, _ in module.named_parameters()],
+            compressor=None if down == EXACT else down,
+        )
+        self._device = next(module.parameters()).device
+        self._threads = read(ThreadsConfig, settings, "threads").server
+        self._compute = read(ComputeConfig, settings, "compute")
+        self._data = read(DatasetConfig, settings, "dataset")
+        self._exact = compressor_of(settings, "compressor") == EXACT
+        self._up = f"compressor {settings['compressor.name']}"
+        self._down = f"model_compressor {down.name}"
+        self._received: dict[int, Tensors] = {}
+
+    @classmethod
+    def build(cls, settings: Settings, clients: ClientManager) -> Self:
+        """Build the network from the seed."""
+        del clients
+        run = RunConfig.of(settings)
+        name, spec = (
+            str(settings["model.name"]),
+            DATASETS[str(settings["dataset.name"])],
+        )
+        seed = derive_seed(run.seed, "model")
+        units = model.build(name, spec.classes, spec.channels, seed=seed)
+        return cls(settings, nn.Sequential(*units).to(resolve_device(run.device)))
+
+    # --- training ---------------------------------------------------------------------
+
+    def steps(self, round_: Round) -> int:
+        """Begin a round; the local training of all clients is its only step."""
+        del round_
+        self._received = {}
+        return 1
+
+    def run_step(self, round_: Round, step: int) -> float | None:
+        """Have all clients train, and collect what they send up."""
+        clients = round_.active(round_.clients)
+        sent = {c.number: self._request(round_, c, step) for c in clients}
+        replies = round_.exchange(TRAIN, sent, step=step, label=self._up)
+        total, samples = 0.0, 0
+        for number, content in replies.items():
+            with ends_run(round_.place(step, number, self._up)):
+                with round_.watch("codec"):
+                    self._received[number] = self._decode(content)
+            metrics = metrics_of(content)
+            round_.add_loss(metrics["loss"], metrics["samples"])
+            total += metrics["loss"] * metrics["samples"]
+            samples += metrics["samples"]
+        return total / samples if samples else None
+
+    def finish(self, round_: Round) -> None:
+        """Average what was sent up, weighted by samples, and move towards it."""
+        if not self._received:
+            return
+        models = list(self._received.values())
+        clients = round_.manager.clients
+        weights = [clients[number].train_samples for number in self._received]
+        with round_.watch("server"):
+            mean = average(models, weights, torch.float64)
+            tensors = self._moved(mean)
+            if not all(map(_is_finite, tensors.values())):
+                place = f"round {round_.number}, averaged model"
+                raise RunError(f"{place}: not finite")
+        seed = round_.seed("compress.model")
+        with ends_run(f"round {round_.number}, {self._down}"), round_.watch("codec"):
+            self.model.replace(tensors, seed=seed)
+        self._received = {}
+
+    def _request(self, round_: Round, client: ClientInfo, step: int) -> RecordDict:
+        """Return a message with its place, and the model if the client lacks it."""
+        place: dict[str, Any] = {
+            "round": round_.number,
+            "step": step,
+            "lr": round_.lr,
+        }
+        content = RecordDict({messages.PLACE: ConfigRecord(place)})
+        where = round_.place(step, client.number, self._down)
+        with ends_run(where), round_.watch("codec"):
+            self.model.attach(content, client)
+        return content
+
+    def _decode(self, content: RecordDict) -> Tensors:
+        """Return what a client sent up: its model, or its update."""
+        kind = messages.MODEL if self._exact else UPDATE
+        return decode_set(messages.set_of(content, kind), self.model.tensors)
+
+    def _moved(self, mean: Tensors) -> Tensors:
+        """Return the new model, given the average of what clients sent up.
+
+        Parameters move by ``server_lr``. Buffers are those of the average.
+        """
+        rate, tensors = self.config.server_lr, dict(mean)
+        if self._exact and rate == 1:
+            return tensors
+        for name in self.model.parameters:
+            own = self.model.tensors[name]
+            change = mean[name] - own if self._exact else mean[name]
+            tensors[name] = torch.add(own, change, alpha=rate)
+        return tensors
+
+    # --- evaluation -------------------------------------------------------------------
+
+    def evaluate(self, round_: Round) -> Score:
+        """Score the test set, here or at the clients."""
+        if self.config.evaluate == "clients":
+            total = self._clients_score(round_)
+        else:
+            with round_.watch("server"):
+                total = self._own_score()
+        if not math.isfinite(total.loss):
+            raise RunError(f"round {round_.number}, evaluation: loss not finite")
+        return total
+
+    def _own_score(self) -> Score:
+        """Score the whole test set."""
+        data = dataset.load(self._data, str(self._device))
+        own = {name: t.detach() for name, t in self.model.tensors.items()}
+        network = LocalNetwork(self.module, own, {}, self._threads, self._compute)
+        total = Score()
+        every = torch.arange(len(data.test.labels))
+        for indices in every.split(self.run.eval_batch_size):
+            images, labels = data.test_batch(indices)
+            total += score(network.evaluate(images), labels)
+        return total
+
+    def _clients_score(self, round_: Round) -> Score:
+        """Have every client score its shard."""
+        clients = [c for c in round_.manager.clients if c.test_samples]
+        clients = round_.active(clients, EVALUATION)
+        sent = {c.number: self._request(round_, c, 0) for c in clients}
+        replies = round_.exchange(EVALUATE, sent, step=0)
+        total = Score()
+        for number, content in replies.items():
+            with ends_run(round_.place(0, number, "score")):
+                samples = round_.manager.clients[number].test_samples
+                total += score_of(content, samples)
+        return total
+
+    # --- state and results ------------------------------------------------------------
+
+    def state(self) -> State:
+        """Return copies of the model; clients remember nothing."""
+        return State(grouped(self.model.state()), {"version": self.model.version})
+
+    def load(self, state: State) -> None:
+        """Restore what `state` returned."""
+        self.model.load(state.tensors, state.facts["version"])
+
+    def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
+        """Return the model for a client that had its current version."""
+        if not client.version == self.model.version > 0:
+            return {}
+        return {messages.MODEL: self.model.record()}
+
+    def metrics(self, round_: Round) -> dict[str, Any]:
+        """Return the compression of what was sent up."""
+        sent, dense = _uploads(round_.manager.ledger.round)
+        return {"compression_factor": compression_factor(dense, sent)}
+
+    def summary(
+        self, rows: Sequence[Mapping[str, Any]], traffic: Traffic
+    ) -> dict[str, Any]:
+        """Return the compression of what was sent up over the whole run."""
+        del rows
+        sent, dense = _uploads(traffic)
+        return {
+            "compression_factor": compression_factor(dense, sent),
+            "bits_per_element": 32 * sent / dense,
+        }
+
+
+def _uploads(traffic: Traffic) -> tuple[int, int]:
+    """Return the bytes of models and updates sent up, and those of dense ones."""
+    kinds = (messages.MODEL, UPDATE)
+    where = ("up", "training")
+    sent = sum(traffic.bytes(kind, *where) for kind in kinds)
+    return sent, sum(traffic.dense(kind, *where) for kind in kinds)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

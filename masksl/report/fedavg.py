@@ -1,0 +1,242 @@
+"""Rounds and bytes of federated averaging up to two accuracies, by partition.
+
+Bytes are those of both ways, training and evaluation, up to the end of the round in
+which the accuracy is first reached. The factor is the bytes of the run without
+compression of the same seed over those of the run.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from masksl.report.cells import NONE, ORDER, display_name
+from masksl.report.tables import (
+    MISSING,
+    ReportError,
+    comma_separated,
+    markdown,
+    share,
+    with_spread,
+)
+from masksl.runtime import results
+
+METHOD = "fedavg"
+TARGETS = (0.97, 0.99)  # top-1 accuracies, fractions
+# Keys that a run must have in its configuration.
+_NEEDED = (
+    *("method.name", "dataset.name", "dataset.partition", "dataset.alpha"),
+    *("model.name", "clients", "seed", "compressor.name", "model_compressor.name"),
+)
+# Prefixes of keys that may differ between runs of one line, of one partition.
+_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "target")
+_COMPRESSION = ("compressor.", "model_compressor.", "plugins")
+
+
+@dataclass(frozen=True, order=True)
+class _Place:
+    """What runs must have in common to be compared.
+
+    Parameters
+    ----------
+    task, partition : str
+        Network, data set and clients; how the data are divided.
+    """
+
+    task: str
+    partition: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run.
+
+    Parameters
+    ----------
+    place : _Place
+        Its task and partition.
+    compressor : str
+        In words.
+    seed : int
+        Its seed.
+    rows : Sequence[Mapping[str, Any]]
+        Metrics of its rounds.
+    settings : Mapping[str, Any]
+        The part of its configuration that all runs of a line share.
+    """
+
+    place: _Place
+    compressor: str
+    seed: int
+    rows: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+    @property
+    def last(self) -> float:
+        """Top-1 accuracy after the last round."""
+        return self.rows[-1]["top1"]
+
+    def until(self, target: float) -> tuple[int, int] | None:
+        """Return rounds and bytes until an accuracy, None if it is never reached."""
+        sent = 0
+        for row in self.rows:
+            sent += _total(row["bytes"])
+            if row["top1"] >= target:
+                return row["round"], sent
+        return None
+
+
+_Lines = dict[_Place, dict[str, list[_Run]]]
+
+
+def fedavg(folder: Path) -> dict[str, str]:
+    """Return the tables of a folder of runs.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds run folders, at any depth; those of other methods are left out.
+
+    Returns
+    -------
+    dict[str, str]
+        Text by file name. Values are means over seeds ± standard deviations.
+
+    Raises
+    ------
+    ReportError
+        If there are no runs, a run lacks a needed key, runs of one compressor differ in
+        more than their seed, or those of one partition in more than compression.
+    """
+    lines = _read(folder)
+    return {"fedavg.md": _table(lines), "fedavg.csv": _figures(lines)}
+
+
+def _read(folder: Path) -> _Lines:
+    """Return the runs by place and compressor, in the order of the table."""
+    paths = [path.parent for path in sorted(folder.glob(f"**/{results.SUMMARY}"))]
+    runs = [
+        _read_run(path)
+        for path in paths
+        if results.read_summary(path)["method"] == METHOD
+    ]
+    if not runs:
+        raise ReportError(f"no {results.SUMMARY} of method={METHOD} below {folder}")
+    lines: dict[_Place, dict[str, list[_Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: (run.place, _rank(run), run.seed)):
+        lines[run.place][run.compressor].append(run)
+    for by_name in lines.values():
+        first = next(iter(by_name.values()))[0]
+        for several in by_name.values():
+            _check(first, several[0], _COMPRESSION)
+            for before, run in zip(several, several[1:], strict=False):
+                _check(before, run, ())
+                if before.seed == run.seed:
+                    raise ReportError(f"seed={run.seed}: 2 runs of {_named(run)}")
+    return lines
+
+
+def _read_run(folder: Path) -> _Run:
+    settings = results.read_config(folder)
+    for key in _NEEDED:
+        if settings.get(key) is None:
+            raise ReportError(f"{folder / results.CONFIG}: no {key}")
+    partition = str(settings["dataset.partition"])
+    if partition == "dirichlet":
+        partition += f" {settings['dataset.alpha']:g}"
+    number = settings["clients"]
+    clients = "1 client" if number == 1 else f"{number} clients"
+    task = f"{settings['model.name']}, {settings['dataset.name']}, {clients}"
+    up, down = settings["compressor.name"], settings["model_compressor.name"]
+    name = display_name(up)
+    return _Run(
+        place=_Place(task, partition),
+        compressor=name if down == NONE else f"{name}, down {display_name(down)}",
+        seed=settings["seed"],
+        rows=results.read_rows(folder),
+        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
+    )
+
+
+def _check(a: _Run, b: _Run, free: tuple[str, ...]) -> None:
+    """Raise `ReportError` if two runs differ in a key without one of some prefixes."""
+    for key in sorted(a.settings.keys() | b.settings.keys()):
+        values = a.settings.get(key), b.settings.get(key)
+        if values[0] != values[1] and not key.startswith(free):
+            raise ReportError(
+                f"runs of {_named(a)} and {_named(b)} differ in {key}: "
+                f"{values[0]}, {values[1]}"
+            )
+
+
+def _named(run: _Run) -> str:
+    return f"{run.place.task}, {run.place.partition}, {run.compressor}"
+
+
+def _table(lines: _Lines) -> str:
+    """Return the Markdown table."""
+    head = ["task", "partition", "compressor", "seeds", "top-1, %"]
+    for target in TARGETS:
+        at = f"{target:.0%}"
+        head += [f"rounds to {at}", f"MB to {at}", f"factor at {at}"]
+    rows = []
+    for place, by_name in lines.items():
+        for name, several in by_name.items():
+            top1 = with_spread([100 * run.last for run in several], ".2f")
+            row = [place.task, place.partition, name, str(len(several)), top1]
+            for target in TARGETS:
+                row += _cells(several, by_name.get(NONE, []), target)
+            rows.append(row)
+    return markdown(head, rows)
+
+
+def _cells(
+    several: Sequence[_Run], baselines: Sequence[_Run], target: float
+) -> list[str]:
+    """Return rounds, bytes and factor of the runs of a line; INF if none reached it."""
+    reached = {run.seed: run.until(target) for run in several}
+    found = [until for until in reached.values() if until is not None]
+    if not found:
+        return ["INF", "INF", MISSING]
+    of = share(len(found), len(several))
+    rounds = with_spread([until[0] for until in found], ".1f") + of
+    bytes_ = with_spread([until[1] / 1e6 for until in found], ".2f") + of
+    plain = {run.seed: run.until(target) for run in baselines}
+    factors = []
+    for seed, until in reached.items():
+        base = plain.get(seed)
+        if until is not None and base is not None:
+            factors.append(base[1] / until[1])
+    if not factors:
+        return [rounds, bytes_, MISSING]
+    factor = with_spread(factors, ".2f") + share(len(factors), len(several))
+    return [rounds, bytes_, factor]
+
+
+def _figures(lines: _Lines) -> str:
+    """Return a CSV file: one line per run."""
+    head = ["task", "partition", "compressor", "seed", "top1"]
+    for target in TARGETS:
+        head += [f"rounds to {target:g}", f"bytes to {target:g}"]
+    rows = []
+    for place, by_name in lines.items():
+        for name, several in by_name.items():
+            for run in several:
+                row = [place.task, place.partition, name, run.seed, f"{run.last:.4f}"]
+                for target in TARGETS:
+                    row += list(run.until(target) or ("", ""))
+                rows.append(row)
+    return comma_separated(head, rows)
+
+
+def _rank(run: _Run) -> tuple[int, str]:
+    """Return the place of a compressor in the table."""
+    name = run.settings["compressor.name"]
+    return (ORDER.index(name) if name in ORDER else len(ORDER), run.compressor)
+
+
+def _total(nested: Mapping[str, Any] | int) -> int:
+    if isinstance(nested, Mapping):
+        return sum(map(_total, nested.values()))
+    return nested

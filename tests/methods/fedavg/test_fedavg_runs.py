@@ -1,0 +1,104 @@
+"""Federated averaging goes on after a kill as if nothing had happened."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from masksl import main
+from masksl.runtime import checkpoint, results
+from tests.conftest import settings_of, untimed
+from tests.runtime.test_checkpoint import run, run_until
+
+SMALL = (
+    *("method=fedavg", "rounds=4", "clients=4", "dataset.limit=130"),
+    *("dataset.test_limit=40", "threads.server=1"),
+)
+EVERYTHING = (
+    *("compressor=rt", "compressor.sparsity=0.9", "fraction=0.5"),
+    *("model_compressor=rt", "model_compressor.sparsity=0.3", "method.local_epochs=2"),
+)
+OPTIONS = [
+    ("fraction=0.5",),
+    EVERYTHING,
+    (*EVERYTHING, "method.evaluate=clients", "method.server_lr=0.7"),
+    ("method.evaluate=clients", "fraction=0.5", "checkpoint.every=2"),
+    ("optimizer.name=adam", "optimizer.lr=0.001", "schedule.name=cosine"),
+]
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    """Assert that the last checkpoints of two runs hold the same tensors."""
+    (ours, facts), (theirs, others) = checkpoint.read(one), checkpoint.read(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert facts["method"] == others["method"] == {"version": 4}
+    assert facts["versions"] == others["versions"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_resumed_run_equals_an_undisturbed_one(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    expected = run(tmp_path / "whole", *SMALL, *options)
+    run_until(tmp_path / "first", 1, *SMALL, *options)
+    resume = f"resume={tmp_path}/first"
+    run_until(tmp_path / "second", 3, *SMALL, *options, resume)
+    resume = f"resume={tmp_path}/second"
+    assert run(tmp_path / "third", *SMALL, *options, resume) == expected
+    same_tensors(tmp_path / "whole", tmp_path / "third")
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the file that says where a process is to be killed."""
+    ray.shutdown()  # hosts take the variable from the process that starts Ray
+    path = tmp_path / "order"
+    monkeypatch.setenv("MASKSL_TEST_KILL", str(path))
+    yield path
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("train.local 1 3", EVERYTHING),
+        ("train.local 3 2", EVERYTHING),
+        ("evaluate.local 2 0", (*EVERYTHING, "method.evaluate=clients")),
+    ],
+)
+def test_a_lost_host_changes_nothing(
+    where: str, options: tuple[str, ...], order: Path, tmp_path: Path
+) -> None:
+    overrides = (*SMALL, *options, "plugins=[tests.methods.fedavg.plugin_kill]")
+    overrides += ("fraction=1",)
+    main.run(settings_of(*overrides), tmp_path / "whole")
+    order.write_text(where)
+    main.run(settings_of(*overrides, "engine=ray"), tmp_path / "killed")
+    assert not order.exists(), "nobody was killed"
+    rows: list[Any] = [
+        untimed(results.read_rows(tmp_path / name)) for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+    same_tensors(tmp_path / "whole", tmp_path / "killed")
+    events = (tmp_path / "killed" / results.EVENTS).read_text().splitlines()
+    (event,) = map(json.loads, events)
+    assert event["round"] == int(where.split()[1])
+    assert os.environ["MASKSL_TEST_KILL"] == str(order)
+
+
+@pytest.mark.parametrize(
+    "engine", ["ray", pytest.param("flower", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("evaluate", ["server", "clients"])
+def test_engines_agree(engine: str, evaluate: str, tmp_path: Path) -> None:
+    options = (*SMALL, *EVERYTHING, f"method.evaluate={evaluate}")
+    expected = run(tmp_path / "local", *options)
+    more = ("engine.cpus_per_client=0.5",) if engine == "flower" else ()
+    assert run(tmp_path / engine, *options, f"engine={engine}", *more) == expected
+    same_tensors(tmp_path / "local", tmp_path / engine)
