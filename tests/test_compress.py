@@ -559,7 +559,7 @@ def test_bad_tensors_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("zip", {}, "name='zip': must be one of none, qu, qq, fp, sp, rt, ms, ec, mask"),
+        ("zip", {}, "name='zip': must be one of none, qu, qq, fp, sp, rt, ms, ec, m"),
         ("ms", {"ratio": 0.9}, "ratio=0.9: ms has the options sparsity, bits"),
         ("ms", {"sparsity": 1.5}, "sparsity=1.5: must be at least 0 and less than 1"),
         ("ms", {"sparsity": 1}, "sparsity=1: must be"),

@@ -315,9 +315,9 @@ def _words(payload: memoryview) -> np.ndarray:
     """Return the coder's bytes as words, uint16; `FrameError` if they end in zero."""
     if payload and not payload[-1]:
         raise FrameError("coded part ends in a byte of zero, which no coder writes")
-    return np.frombuffer(bytes(payload) + bytes(len(payload) % 2), ">u2").astype(
-        np.uint16
-    )
+    words = np.zeros(-(-len(payload) // 2), np.uint16)
+    words.view(np.uint8)[: len(payload)] = np.frombuffer(payload, np.uint8)
+    return words.byteswap(inplace=True)
 
 
 def _check_end(count: int, words: np.ndarray) -> None:

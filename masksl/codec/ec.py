@@ -153,14 +153,17 @@ class EntropyCodedQuantization(Compressor):
         header: Header, flat: Tensor, symbols: Tensor, signs: memoryview, count: int
     ) -> None:
         """Negate elements in place: a bit for each symbol that is not 0."""
-        nonzero = symbols > 0
-        planes.check_marked(header, int(nonzero.sum()), count)
+        planes.check_marked(header, int(symbols.count_nonzero()), count)
         packed = wire.to_tensor(signs, torch.uint8, flat.device)
         negative = unpack_bits(packed, count, 1).view(torch.bool)
-        every = torch.zeros_like(nonzero).masked_scatter_(nonzero, negative)
-        for part, turned in zip(
-            flat.split(planes.BLOCK), every.split(planes.BLOCK), strict=True
-        ):
+        # In blocks to save memory, but on a GPU, where each would be waited for.
+        block = planes.BLOCK if flat.device.type == "cpu" else len(flat)
+        for part, own in zip(flat.split(block), symbols.split(block), strict=True):
+            nonzero = own > 0
+            number = int(nonzero.count_nonzero()) if len(own) < len(flat) else count
+            turned = torch.zeros_like(nonzero)
+            turned.masked_scatter_(nonzero, negative[:number])
+            negative = negative[number:]
             part.copy_(torch.where(turned, -part, part))
 
     def _coded(self, symbols: np.ndarray, alphabet: int, shape: Shape) -> bytes:

@@ -5,7 +5,7 @@ that mutations get past these. Compressed parts may lie in them as they are, so 
 mutations reach what is compressed. A call must end within two seconds and allocate
 little beside what its header implies. Not collected by pytest; it needs atheris::
 
-    PYTHONPATH=. python tests/fuzz_decode.py -max_total_time=600 FOLDER
+    PYTHONPATH=. python tests/codec/fuzz_decode.py -max_total_time=600 FOLDER
 
 FOLDER takes the corpus, begun with frames of every compressor and option.
 """
@@ -25,9 +25,11 @@ from unittest import mock
 
 import atheris
 
+import masksl.codec.kernels  # noqa: F401  # Numba compiles no instrumented functions
+
 with atheris.instrument_imports(include=["masksl"]):
     from masksl import compress
-    from masksl.codec import entropy
+    from masksl.codec import planes, wire
 
 import torch
 
@@ -37,13 +39,13 @@ GROWTH = 16 * 2**20  # bytes: contexts, tables and the tensor of so many element
 LENGTH = 8192
 SHAPES = [(), (7,), (33, 9), (2, 3, 8, 8), (5, 2, 4, 3, 6), (4, 2, 16, 16)]
 
-_inflate = entropy.inflate
+_inflate = planes._inflated
 
 
 def main() -> None:
     """Write the seeds and fuzz."""
     torch.set_num_threads(1)
-    entropy.inflate = inflate
+    planes._inflated = inflate
     for folder in [Path(a) for a in sys.argv[1:] if not a.startswith("-")]:
         folder.mkdir(parents=True, exist_ok=True)
         for number, frame in enumerate(seeds()):
@@ -64,7 +66,7 @@ def check(data: bytes) -> None:
     frame = sealed(data)
     began, before = time.process_time(), peak()
     try:
-        tensor = compress.decode(frame, max_elements=ELEMENTS)
+        tensor = compress.decode(frame, max_elements=ELEMENTS, **reference(frame))
     except compress.FrameError:
         tensor = None
     spent, grown = time.process_time() - began, peak() - before
@@ -82,6 +84,21 @@ def check(data: bytes) -> None:
                 raise RuntimeError("elements that were not kept")
 
 
+def reference(frame: bytes) -> dict[str, torch.Tensor]:
+    """Return what masks are coded by, as an argument of `decode`."""
+    if frame[8:16] != b"mask\0\0\0\0":
+        return {}
+    try:
+        return {"reference": levels(wire.declared_elements(frame))}
+    except compress.FrameError:
+        return {}
+
+
+def levels(count: int) -> torch.Tensor:
+    """Return the levels of a mask's elements, as many as may be decoded at most."""
+    return torch.arange(min(count, ELEMENTS)) // 2 % 5
+
+
 def sealed(data: bytes) -> bytes:
     """Return an input with the length and the checksum that its bytes call for."""
     frame = bytearray(data)
@@ -95,7 +112,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def inflate(data: memoryview, size: int) -> bytes:
-    """Undo `entropy.deflate`; what is as long as it should be may be as it is."""
+    """Decompress; what is as long as it should be may be as it is."""
     try:
         return _inflate(data, size)
     except compress.FrameError:
@@ -141,9 +158,22 @@ def seeds() -> list[bytes]:
             )
             signed[:, 1] = signed[:, 1].round()
         compressor = compress.make(name, **options)
+        if name == "mask":
+            known = levels(signed.numel()).view(shape)
+            frames += [
+                compressor.encode(tensor, reference=by)
+                for tensor in (
+                    signed > 0,
+                    signed > 1,
+                    known > 2,
+                    (known > 2) ^ (signed > 2),
+                )
+                for by in (known, None)
+            ]
+            continue
         for tensor in (signed, signed.relu().to(torch.float16), signed.double()):
             frames.append(compressor.encode(tensor))
-            with mock.patch.object(entropy, "zstandard", plain):
+            with mock.patch.object(planes, "zstandard", plain):
                 frames.append(compressor.encode(tensor))
     return sorted({frame for frame in frames if len(frame) <= LENGTH})
 
@@ -167,6 +197,7 @@ def cases() -> list[tuple[str, dict[str, Any]]]:
         "sp": [k | s for k in kept for s in (*stages, {"positions": "auto"})],
         "rt": [{"sparsity": 0.9}],
         "ms": [k | s | {"bits": b} for k in kept for s in stages for b in (1, 2, 3)],
+        "mask": [{"code": code} for code in ("auto", "packed")],
         "ec": [
             steer | {"context": context}
             for steer in ({"step": 0.005}, {"error": 0.01}, {"error": 0.25})

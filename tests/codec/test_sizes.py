@@ -214,7 +214,6 @@ def cases() -> Iterator[Case]:
     for option, deadzone, context in product(steer, (None, 0.6), ("spatial", "none")):
         yield "ec", option | {"deadzone": deadzone, "context": context}
 
-
     for code in ("auto", "packed"):
         yield "mask", {"code": code}
 

@@ -1,0 +1,94 @@
+"""Memory that decoding takes beside its output, whole and crafted frames alike."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from masksl.codec import wire
+from masksl.compress import FrameError, decode, decode_sparse, make
+from tests.codec.test_frames import memory
+from tests.conftest import ROOT
+
+SHAPE = (32, 16, 64, 64)
+ELEMENTS = 2**21
+CONSTANT = 2**21  # bytes, of whatever size the tensor is
+
+
+def check() -> None:
+    """Decode coded frames; at most 4 bytes an element may be taken beside the output.
+
+    Frames that claim a large tensor, with a payload that is a coded plane all the same,
+    are refused before anything is allocated.
+    """
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(SHAPE, generator=generator)
+    levels = torch.randint(0, 11, SHAPE, generator=generator)
+    mask = torch.rand(SHAPE, generator=generator) < levels / 10
+    cases: dict[str, tuple[bytes, dict[str, torch.Tensor]]] = {
+        "ec": (make("ec", error=0.2).encode(tensor.relu()), {}),
+        "ec, signed": (make("ec", error=0.05).encode(tensor), {}),
+        "ec, float64": (make("ec", error=0.2).encode(tensor.double()), {}),
+        "ec, exact values": (make("ec", step=0.0101).encode(tensor), {}),
+        "ec, one row": (make("ec", context="none").encode(tensor), {}),
+        "ms": (make("ms", lossless="context").encode(tensor.relu()), {}),
+        "qu": (make("qu", bits=5, lossless="context").encode(tensor), {}),
+        "mask": (make("mask").encode(mask), {}),
+        "mask, levels": (
+            make("mask").encode(mask, reference=levels),
+            {"reference": levels},
+        ),
+    }
+    for name, (frame, more) in cases.items():
+        taken, output = growth(
+            lambda f=frame, m=more: decode(f, max_elements=ELEMENTS, **m)  # type: ignore[misc]
+        )
+        assert taken <= output + 4 * ELEMENTS + CONSTANT, (name, taken, output)
+    frame = make("sp", sparsity=0.99, positions="auto").encode(tensor)
+    taken, _ = growth(lambda: decode_sparse(frame, max_elements=ELEMENTS)[1])
+    assert taken <= 4 * ELEMENTS, taken  # 12 bytes and some for each that is kept
+    check_crafted(cases["ec"][0])
+
+
+def check_crafted(frame: bytes) -> None:
+    """Claim a larger tensor with the payload of a frame, and with one cut short."""
+    header, payload = wire.parse(frame)
+    for shape in ((1, 1, 8192, 8192), (2**21 + 1,), (2**31 - 1, 2**31 - 1)):
+        claim = wire.Header(header.compressor, header.dtype, shape, header.params)
+        for part in (bytes(payload), bytes(payload[:9388])):
+            crafted = wire.assemble(claim, [part])
+            before = memory("VmRSS", reset_peak=True)
+            with pytest.raises(FrameError, match="elements, not 1 to"):
+                decode(crafted, max_elements=ELEMENTS)
+            assert memory("VmHWM") - before < 2**20
+
+
+def growth(call: Callable[[], torch.Tensor]) -> tuple[int, int]:
+    """Return the memory that a call takes at most, and the size of what it returns."""
+    call()  # what is loaded and kept at first use
+    before = memory("VmRSS", reset_peak=True)
+    output = call()
+    return memory("VmHWM") - before, output.nbytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process")
+def test_decoding_takes_at_most_four_bytes_an_element() -> None:
+    """In a process whose allocator gives everything back at once."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.codec.test_memory"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    check()
