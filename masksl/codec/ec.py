@@ -64,6 +64,7 @@ class EntropyCodedQuantization(Compressor):
     _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BHBIIQ")
 
     def __post_init__(self) -> None:
+        """Check the options."""
         given = [
             (option, value)
             for option in ("step", "bits", "error")
@@ -81,6 +82,7 @@ class EntropyCodedQuantization(Compressor):
     def pack(
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
     ) -> Packed:
+        """Compress the elements of a tensor, see `Compressor.pack`."""
         work = planes.working(flat)
         signed = bounds[0] < 0
         magnitude = work.abs() if signed else work
@@ -109,6 +111,7 @@ class EntropyCodedQuantization(Compressor):
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
+        """Decompress the elements of a tensor, see `Compressor.unpack`."""
         form, alphabet, signed, outliers, length, count = header.unpack_params(
             cls._PARAMS
         )

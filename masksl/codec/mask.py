@@ -53,6 +53,7 @@ class Mask(Compressor):
     _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BI")
 
     def __post_init__(self) -> None:
+        """Check the options."""
         check_choice("code", self.code, ("auto", "packed"))
 
     # pylint: disable-next=too-many-arguments
@@ -66,6 +67,7 @@ class Mask(Compressor):
         training: bool,
         reference: Tensor | None = None,
     ) -> Packed:
+        """Compress the elements of a tensor, see `Compressor.pack`."""
         mask = flat.view(torch.uint8)
         form, checksum, best = _PACKED, 0, _ALL
         size: float = packed_size(len(flat), 1)
@@ -98,6 +100,7 @@ class Mask(Compressor):
         device: Device,
         reference: Tensor | None = None,
     ) -> Tensor:
+        """Decompress the elements of a tensor, see `Compressor.unpack`."""
         form, checksum = header.unpack_params(cls._PARAMS)
         count = header.elements
         if header.dtype != torch.bool or form not in (_PACKED, _ONE, _LEVELS):

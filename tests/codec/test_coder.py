@@ -4,10 +4,14 @@
 
 import importlib.util
 import math
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -24,6 +28,7 @@ from masksl.codec.gaps import decode_gaps, encode_gaps
 from masksl.codec.wire import FrameError
 from masksl.compress import decode, make
 from tests.codec import reference_decoder
+from tests.conftest import ROOT
 
 Shape = tuple[int, ...]
 NO_LEVELS = np.zeros(0, np.uint16)
@@ -599,3 +604,36 @@ def test_frames_of_too_many_elements_are_refused_at_once() -> None:
     with pytest.raises(FrameError, match="declares 67108864 elements, not 1 to 65536"):
         decode(frame, max_elements=2**16)
     assert time.process_time() - began < 0.02
+
+
+# --- compiled once --------------------------------------------------------------------
+
+FIRST_USE = """
+import logging, sys
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from masksl.compress import make
+make("ec").warm_up()
+"""
+
+
+def test_the_loops_are_compiled_once_and_a_line_says_so(tmp_path: Path) -> None:
+    compiled, loaded, plain_ = (
+        subprocess.run(
+            [sys.executable, "-c", FIRST_USE],
+            cwd=ROOT,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **more},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for more in ({}, {}, {"NUMBA_DISABLE_JIT": "1"})
+    )
+    assert re.fullmatch(r"entropy coding was compiled in \d+\.\d s, once\n", compiled)
+    assert loaded == ""
+    assert plain_ == "entropy coding runs as plain Python, which is very slow\n"
+
+
+def test_a_compressor_that_codes_nothing_loads_no_compiler() -> None:
+    code = "import sys; from masksl.compress import make; make('ms').warm_up(); "
+    code += "sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
