@@ -25,7 +25,16 @@ except ImportError:  # pragma: no cover
 # The loops allocate nothing. Without the counting of references to arrays (``_nrt``),
 # which Numba otherwise adds to them, they are four times as fast.
 _OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
-_compiled = njit(cache=True, **_OPTIONS)
+
+
+def _compiled(function):
+    """Compile a function; the result is kept on disk if there is a place for it."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # Numba finds no folder to write to
+        return njit(**_OPTIONS)(function)
+
+
 _inlined = njit(inline="always", **_OPTIONS)
 
 WHOLE = 1 << 48  # size of the whole interval

@@ -147,10 +147,11 @@ def _levels(reference: Tensor, count: int) -> np.ndarray:
     host = wire.flatten(reference).cpu()
     if host.dtype == torch.bool:
         host = host.view(torch.uint8)
-    least, most = (int(bound) for bound in torch.aminmax(host))
+    levels = host.numpy()
+    least, most = int(levels.min()), int(levels.max())
     if least < 0 or most > _MOST:
         raise ValueError(f"reference from {least} to {most}: must be 0 to {_MOST}")
-    return host.numpy().astype("<u2")
+    return levels.astype("<u2")
 
 
 def _ones(mask: np.ndarray, levels: np.ndarray) -> np.ndarray:

@@ -210,6 +210,8 @@ def _parse_coded(
     parsed = Parsed(coder, coded)
     if scaled:
         for key in coded:
+            if not like[key].is_floating_point():
+                raise FrameError(f"frame-set scales tensor {key} of {like[key].dtype}")
             layout = scale_format(like[key].dtype)
             (scale,) = struct.unpack(layout, reader.take(struct.calcsize(layout)))
             if not (scale > 0 and math.isfinite(scale)):

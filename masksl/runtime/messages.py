@@ -95,6 +95,8 @@ def _entry(kind: str, array: Array) -> Entry:
     if array.stype == FRAME:
         return Entry(kind, sent, 4 * wire.declared_elements(array.data))
     if array.stype == FRAMES:
+        if len(array.shape) != 1:
+            raise FrameError(f"{kind} of shape {tuple(array.shape)}, expected one size")
         return Entry(kind, sent, array.shape[0])
     return Entry(kind, sent, sent)
 

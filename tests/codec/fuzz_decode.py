@@ -146,7 +146,7 @@ def peak() -> int:
 
 def seeds() -> list[bytes]:
     """Return frames of every compressor and option, their parts compressed or not."""
-    frames = []
+    frames: list[bytes] = []
     stored = SimpleNamespace(compress=bytes)
     plain = SimpleNamespace(ZstdCompressor=lambda level: stored)
     for (name, options), shape in product(cases(), SHAPES):

@@ -624,3 +624,15 @@ def test_a_set_crosses_once(waits: list[str]) -> None:  # noqa: F811
     assert len(encoded) == len(data)
     assert all(tensor.is_cuda for tensor in received.values())
     assert not waits
+
+
+def test_scales_of_masks_are_refused() -> None:
+    """No encoder writes them."""
+    like = {"mask": torch.tensor([True, False, True])}
+    data = bytearray(encode_set(like, make("mask")))
+    data[6] = 1
+    data[33:33] = struct.pack("<f", 2.0)
+    data[8:16] = bytes(8)
+    data[8:16] = struct.pack("<Q", xxhash.xxh3_64_intdigest(data[:8] + data[16:]))
+    with pytest.raises(FrameError, match="scales tensor mask of torch.bool"):
+        decode_set(bytes(data), like)
