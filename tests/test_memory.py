@@ -44,6 +44,27 @@ def check() -> None:
             extra = (memory("VmHWM") - before) / tensor.nbytes
             assert 0 < extra <= 3, (name, options, signed, extra)
             del frame
+    check_masks()
+
+
+def check_masks() -> None:
+    """Encode masks; the levels of a reference take two bytes an element."""
+    chance = torch.rand(256, 64, 16, 16)
+    mask, known = chance < 0.1, chance < 0.11
+    for code, reference, most in (
+        ("packed", None, 3),
+        ("auto", None, 0.5),
+        ("auto", known, 3),
+        ("auto", known.byte(), 3),
+    ):
+        compressor = make("mask", code=code)
+        part = None if reference is None else reference[:16]
+        compressor.encode(mask[:16], reference=part)
+        before = memory("VmRSS", reset_peak=True)
+        frame = compressor.encode(mask, reference=reference)
+        extra = (memory("VmHWM") - before) / mask.nbytes
+        assert 0 < extra <= most, (code, reference is not None, extra)
+        del frame
 
 
 def test_encoding_takes_at_most_three_times_the_tensor() -> None:

@@ -83,7 +83,7 @@ class Mask(Compressor):
                 if about < size:
                     form, size, best, ones = choice, about, levels, counted
         if form == _LEVELS:
-            checksum = zlib.crc32(best.tobytes())
+            checksum = zlib.crc32(best.data)
         if form != _PACKED:
             total = elements_of(best, len(ones), len(host))
             counts = b"".join(_varint(int(n)) for n in ones[total > 0])
@@ -131,7 +131,7 @@ class Mask(Compressor):
                 f"than the given one of {reference.numel()}"
             )
         levels = _levels(reference, count)
-        if zlib.crc32(levels.tobytes()) != checksum:
+        if zlib.crc32(levels.data) != checksum:
             raise FrameError("mask frame is coded by another reference than given")
         return levels
 

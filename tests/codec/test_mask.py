@@ -17,6 +17,7 @@ from tests.codec import reference_decoder
 COUNT = 10**6
 PACKED, ONE, LEVELS = range(3)
 WHOLE = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 
 
 def form_of(frame: bytes) -> int:
@@ -106,7 +107,7 @@ def test_a_reference_that_tells_all_costs_its_counts() -> None:
         assert len(frame) == 28 + 4 + 5 + 1 + 2  # counts of 0, and of about 1500
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, *WHOLE])
+@pytest.mark.parametrize("dtype", [torch.bool, *WHOLE, *UNSIGNED])
 def test_references_of_every_type_are_alike(dtype: torch.dtype) -> None:
     levels = torch.randint(0, 2 if dtype == torch.bool else 100, (40, 50))
     mask = torch.rand(40, 50) < levels / levels.max()
