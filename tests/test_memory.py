@@ -1,15 +1,12 @@
 """Memory that encoding takes beside its input."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import torch
 
 from masksl.compress import make
 from tests.codec.test_frames import memory
-from tests.conftest import ROOT
+from tests.conftest import run_alone
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
@@ -68,17 +65,7 @@ def check_masks() -> None:
 
 
 def test_encoding_takes_at_most_three_times_the_tensor() -> None:
-    """In a process whose allocator gives everything back at once."""
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_memory"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone("tests.test_memory")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,12 @@ IMPORTS: dict[str, set[str]] = {
 }
 """Rooms by room that a module of it may import; `bench` may import anything."""
 
-SHARED = {"base", "client", "global_model"}  # of methods/: every method imports them
+SHARED = {
+    "base",
+    "client",
+    "global_model",
+    "network",
+}  # of methods/: every method imports them
 FRAMEWORKS = {"flwr", "ray", "hydra", "grpc"}
 ALLOWED = {
     "runtime": {"flwr"},

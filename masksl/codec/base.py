@@ -22,7 +22,7 @@ __all__ = [
     "NotFiniteError",
     "Packed",
     "Shape",
-    "coder_of",
+    "class_of",
     "decode",
     "decode_sparse",
     "has_positions",
@@ -30,7 +30,7 @@ __all__ = [
     "make",
     "options_of",
     "register",
-    "sparse_coder_of",
+    "sparse_class_of",
 ]
 
 Shape = tuple[int, ...]
@@ -298,9 +298,9 @@ def decode(
         If there is a reference for a compressor that takes none.
     """
     header, payload = wire.parse(frame, max_elements=max_elements)
-    coder = coder_of(header.compressor, header.dtype)
-    offered = coder.offered(reference)
-    flat = coder.unpack(header, payload, device, **offered)
+    compressor = class_of(header.compressor, header.dtype)
+    offered = compressor.offered(reference)
+    flat = compressor.unpack(header, payload, device, **offered)
     return flat.to(header.dtype).view(header.shape)
 
 
@@ -330,8 +330,8 @@ def decode_sparse(
         As `decode`, and if the frame's compressor has no positions.
     """
     header, payload = wire.parse(frame, max_elements=max_elements)
-    coder = sparse_coder_of(header.compressor, header.dtype)
-    positions, values = coder.unpack_sparse(header, payload, device)
+    compressor = sparse_class_of(header.compressor, header.dtype)
+    positions, values = compressor.unpack_sparse(header, payload, device)
     return positions, values.to(header.dtype)
 
 
@@ -350,7 +350,7 @@ def has_positions(name: str) -> bool:
     return name in COMPRESSORS and COMPRESSORS[name].keeps_positions
 
 
-def coder_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
+def class_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
     """Return the class that decodes what a frame or frame-set names.
 
     Raises
@@ -363,18 +363,18 @@ def coder_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
             f"frame of the unknown compressor {name!r}, "
             f"known are {', '.join(COMPRESSORS)}"
         )
-    coder = COMPRESSORS[name]
-    if dtype is not None and dtype not in coder.dtypes:
+    compressor = COMPRESSORS[name]
+    if dtype is not None and dtype not in compressor.dtypes:
         raise FrameError(
             f"{name} frame of {dtype}, expected one of "
-            f"{', '.join(map(str, coder.dtypes))}"
+            f"{', '.join(map(str, compressor.dtypes))}"
         )
-    return coder
+    return compressor
 
 
-def sparse_coder_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
+def sparse_class_of(name: str, dtype: torch.dtype | None = None) -> type[Compressor]:
     """Return the class likewise; `FrameError` also if it keeps no positions."""
-    coder = coder_of(name, dtype)
-    if not coder.keeps_positions:
+    compressor = class_of(name, dtype)
+    if not compressor.keeps_positions:
         raise FrameError(f"{name} frame has no positions")
-    return coder
+    return compressor

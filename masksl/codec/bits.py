@@ -18,6 +18,7 @@ _EXPONENTS: dict[torch.dtype, np.uint16 | np.uint32 | np.uint64] = {
 
 # Symbols of so many bits fill a byte; those of one byte, a byte each, are a word.
 _WHOLE = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+BLOCK = 2**18  # elements that are worked on together, to save memory
 _CHUNK = 2**17  # symbols looked at together: 128 KiB, a whole number of bytes packed
 
 

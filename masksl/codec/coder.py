@@ -19,11 +19,13 @@ which takes some seconds, and kept on disk; see `masksl.codec.base.Compressor.wa
 import logging
 import math
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
 
+from masksl.codec.bits import BLOCK
 from masksl.codec.wire import FrameError
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ _log = logging.getLogger(__name__)
 _UNARY = 12  # decisions of a symbol, before its escape
 # Means of symbols: below, neighbours always tell something; above, unary is too slow.
 _SMALL, _LARGE = 1.5, 10.0
-_BLOCK = 2**18  # elements that are counted together
 _PART = 4096  # symbols that are encoded for comparison
 _MORE = 1.05  # what neighbours save grows with what has been learned
 # Least symbols of the neighbour classes from 1 on.
@@ -39,6 +40,7 @@ _SIDES = (1, 2, 3, 5, 9)  # left and above, first context
 _CORNERS = (1, 2, 4)
 _COARSE = (1, 2, 3, 6)  # left and above, second context
 _FIRST, _SECOND = 6 * 6 * 4 * 4, 5 * 5  # number of contexts
+_NOTHING = np.frombuffer(b"\0", np.uint8)[:0]  # of the type of received bytes
 
 
 def encode_plane(symbols: np.ndarray, alphabet: int, shape: tuple[int, ...]) -> bytes:
@@ -89,14 +91,13 @@ def decode_plane(
     """
     if not payload or payload[0] > min(_UNARY, alphabet - 1):
         raise FrameError(f"coded plane of {len(payload)} bytes has no valid header")
-    unary = payload[0]
-    words = _words(payload[1:])
+    data = _bytes(payload[1:])
     symbols = np.empty(math.prod(shape), np.uint8)
-    arguments = _arguments(unary, alphabet, shape)
-    count = _kernels().take_plane(symbols, *arguments, words)
+    arguments = _arguments(payload[0], alphabet, shape)
+    count = _kernels().take_plane(symbols, *arguments, data)
     if count < 0 or int(symbols.max()) >= alphabet:
         raise FrameError(f"coded plane holds symbols beyond its {alphabet}")
-    _check_end(count, words)
+    _check_end(count, data)
     return symbols
 
 
@@ -117,14 +118,12 @@ def encode_mask(mask: np.ndarray, levels: np.ndarray, ones: np.ndarray) -> bytes
     bytes
         The coder's bytes.
     """
-    room = len(mask) // 16 + 64
-    while True:
+
+    def write(out: np.ndarray) -> tuple[int, int, int]:
         total = elements_of(levels, len(ones), len(mask))
-        out = np.empty(room, np.uint16)
-        low, size, count = _kernels().put_mask(mask, levels, total, ones.copy(), out)
-        if count >= 0:
-            return _finished(out, count, low, size)
-        room *= 4
+        return _kernels().put_mask(mask, levels, total, ones.copy(), out)
+
+    return _written(write, len(mask) // 16 + 64)
 
 
 def decode_mask(
@@ -151,7 +150,7 @@ def decode_mask(
     FrameError
         If there are more ones than elements, or bytes after the last element.
     """
-    words = _words(payload)
+    data = _bytes(payload)
     total = elements_of(levels, len(ones), count)
     if np.any(ones > total):
         level = int(np.argmax(ones > total))
@@ -159,8 +158,8 @@ def decode_mask(
             f"mask declares {ones[level]} ones among {total[level]} elements"
         )
     mask = np.empty(count, np.uint8)
-    read = _kernels().take_mask(mask, levels, total, ones.copy(), words)
-    _check_end(read, words)
+    read = _kernels().take_mask(mask, levels, total, ones.copy(), data)
+    _check_end(read, data)
     return mask
 
 
@@ -177,8 +176,8 @@ def elements_of(levels: np.ndarray, number: int, count: int) -> np.ndarray:
     if not levels.size:
         return np.array([count])
     total = np.zeros(number, np.int64)
-    for start in range(0, count, _BLOCK):  # NumPy converts what it counts to int64
-        total += np.bincount(levels[start : start + _BLOCK], minlength=number)
+    for start in range(0, count, BLOCK):  # NumPy converts what it counts to int64
+        total += np.bincount(levels[start : start + BLOCK], minlength=number)
     return total
 
 
@@ -194,14 +193,16 @@ def _kernels() -> ModuleType:
     one = np.ones(1, np.int64)
     arguments = _arguments(1, 2, (4,))
     kernels.put_plane(symbols, *arguments, out)
-    kernels.take_plane(symbols, *arguments, out)
+    kernels.take_plane(symbols, *arguments, _NOTHING)
     kernels.put_mask(bits, levels, one.copy(), 0 * one, out)
-    kernels.take_mask(bits, levels, one.copy(), 0 * one, out)
+    kernels.take_mask(bits, levels, one.copy(), 0 * one, _NOTHING)
     if not hasattr(kernels.put_plane, "stats"):
         _log.warning("entropy coding runs as plain Python, which is very slow")
     elif kernels.put_plane.stats.cache_misses:
+        kept = kernels.put_plane.stats.cache_path is not None
+        where = "once" if kept else "for this process alone: set NUMBA_CACHE_DIR"
         seconds = time.perf_counter() - start
-        _log.warning("entropy coding was compiled in %.1f s, once", seconds)
+        _log.warning("entropy coding was compiled in %.1f s, %s", seconds, where)
     return kernels
 
 
@@ -212,14 +213,12 @@ def _encoded(
     symbols: np.ndarray, alphabet: int, shape: tuple[int, ...], unary: int
 ) -> bytes:
     """Encode a plane with a number of unary decisions."""
-    room = len(symbols) // 2 + 64
-    while True:
+
+    def write(out: np.ndarray) -> tuple[int, int, int]:
         arguments = _arguments(unary, alphabet, shape)
-        out = np.empty(room, np.uint16)
-        low, size, count = _kernels().put_plane(symbols, *arguments, out)
-        if count >= 0:
-            return bytes([unary]) + _finished(out, count, low, size)
-        room *= 4
+        return _kernels().put_plane(symbols, *arguments, out)
+
+    return bytes([unary]) + _written(write, len(symbols) // 2 + 64)
 
 
 def _unary(symbols: np.ndarray, alphabet: int, shape: tuple[int, ...]) -> int:
@@ -235,35 +234,37 @@ def _unary(symbols: np.ndarray, alphabet: int, shape: tuple[int, ...]) -> int:
         return 0
     if mean < _SMALL:
         return unary
-    rows = shape[-1] * shape[-2]
-    part = -(-_PART // rows) * rows
+    # A part is some whole maps or, of two dimensions, rows.
+    unit = shape[-1:] if len(shape) == 2 else (1, *shape[-2:])
+    size = math.prod(unit)
+    part = -(-_PART // size) * size
     if len(symbols) < 4 * part:
         parts = [symbols]
     else:  # what the second half of the part takes, when the first has been learned
         parts = [symbols[: 2 * part], symbols[:part]]
-    sizes = []
+    taken = []
     for choice in (unary, 0):
-        size, *learned = (
-            len(_encoded(each, alphabet, (len(each) // rows, *shape[-2:]), choice))
+        whole, *learned = (
+            len(_encoded(each, alphabet, (len(each) // size, *unit), choice))
             for each in parts
         )
-        sizes.append(size - sum(learned))
-    return unary if sizes[0] <= _MORE * sizes[1] else 0
+        taken.append(whole - sum(learned))
+    return unary if taken[0] <= _MORE * taken[1] else 0
 
 
 def _maps(shape: tuple[int, ...], unary: int) -> tuple[int, int, int, int, int]:
-    """Return batch, channels, height and width of a tensor, and of how many channels
-    each has contexts of its own.
+    """Return batch, channels, height and width, and how far apart second contexts are.
 
     Two dimensions are one map, fewer are one row. Channels share contexts where these
     would be more than half as many as elements.
     """
     if len(shape) < 3:
         rows = shape[0] if len(shape) == 2 else 1
-        return 1, 1, rows, math.prod(shape) // rows, 1
+        return 1, 1, rows, math.prod(shape) // rows, 0
     batch, (channels, height, width) = math.prod(shape[:-3]), shape[-3:]
-    few = 2 * channels * _SECOND * unary > math.prod(shape)
-    return batch, channels, height, width, 1 if few else channels
+    apart = _SECOND * unary
+    many = 2 * channels * apart > math.prod(shape)
+    return batch, channels, height, width, 0 if many else apart
 
 
 @lru_cache(maxsize=64)
@@ -286,7 +287,7 @@ def _arguments(unary: int, alphabet: int, shape: tuple[int, ...]) -> tuple:
     escapes = unary < alphabet - 1
     models = (
         np.zeros(_FIRST * unary, np.uint32),
-        np.zeros(maps[-1] * _SECOND * unary, np.uint32),
+        np.zeros((maps[1] if maps[4] else 1) * _SECOND * unary, np.uint32),
         np.full(unary, kernels.EVEN, np.int64),
         np.full(kernels.MAGNITUDES * kernels.ESCAPE * escapes, kernels.EVEN, np.int64),
         kernels.RATES,
@@ -298,29 +299,41 @@ def _arguments(unary: int, alphabet: int, shape: tuple[int, ...]) -> tuple:
 # --- bytes of the coder ---------------------------------------------------------------
 
 
+def _written(write: Callable[[np.ndarray], tuple[int, int, int]], room: int) -> bytes:
+    """Return what a loop writes, as bytes without zeros at the end.
+
+    Parameters
+    ----------
+    write : Callable[[numpy.ndarray], tuple[int, int, int]]
+        Writes words; returns the low end and the size of the last interval and the
+        number of words, -1 if there are too few.
+    room : int
+        Number of words that are likely to be enough.
+    """
+    out = np.empty(room, np.uint16)
+    low, size, count = map(int, write(out))
+    return _written(write, 4 * room) if count < 0 else _finished(out, count, low, size)
+
+
 def _finished(out: np.ndarray, count: int, low: int, size: int) -> bytes:
     """Return the bytes of words and of the shortest number in the last interval."""
-    low, size = int(low), int(size)
     for bits in range(48, -1, -1):
         last = -(-low >> bits) << bits
         if last < low + size:
             break
     head = out[:count].astype(">u2").tobytes()
     number = (int.from_bytes(head, "big") << 48) + last
-    whole = number.to_bytes(len(head) + 6, "big")
-    return whole.rstrip(b"\0")
+    return number.to_bytes(len(head) + 6, "big").rstrip(b"\0")
 
 
-def _words(payload: memoryview) -> np.ndarray:
-    """Return the coder's bytes as words, uint16; `FrameError` if they end in zero."""
+def _bytes(payload: memoryview) -> np.ndarray:
+    """Return the coder's bytes, not copied; `FrameError` if they end in zero."""
     if payload and not payload[-1]:
         raise FrameError("coded part ends in a byte of zero, which no coder writes")
-    words = np.zeros(-(-len(payload) // 2), np.uint16)
-    words.view(np.uint8)[: len(payload)] = np.frombuffer(payload, np.uint8)
-    return words.byteswap(inplace=True)
+    return np.frombuffer(payload.toreadonly(), np.uint8) if payload else _NOTHING
 
 
-def _check_end(count: int, words: np.ndarray) -> None:
+def _check_end(count: int, data: np.ndarray) -> None:
     """Raise `FrameError` unless all words have been read."""
-    if count < len(words):
+    if 2 * count < len(data):
         raise FrameError("coded part goes on after its last symbol")

@@ -19,7 +19,7 @@ from masksl.codec.base import (
     Packed,
     Shape,
 )
-from masksl.codec.bits import pack_bits, packed_size, unpack_bits
+from masksl.codec.bits import BLOCK, pack_bits, packed_size, unpack_bits
 from masksl.codec.coder import decode_plane, encode_plane
 from masksl.codec.options import check_choice, check_number
 
@@ -160,7 +160,7 @@ class EntropyCodedQuantization(Compressor):
         packed = wire.to_tensor(signs, torch.uint8, flat.device)
         negative = unpack_bits(packed, count, 1).view(torch.bool)
         # In blocks to save memory, but on a GPU, where each would be waited for.
-        block = planes.BLOCK if flat.device.type == "cpu" else len(flat)
+        block = BLOCK if flat.device.type == "cpu" else len(flat)
         for part, own in zip(flat.split(block), symbols.split(block), strict=True):
             nonzero = own > 0
             number = int(nonzero.count_nonzero()) if len(own) < len(flat) else count

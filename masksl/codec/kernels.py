@@ -64,7 +64,7 @@ def _put(low, size, count, out, bit, share):
     else:
         low += share
         size -= share
-    if size < LEAST:
+    while size < LEAST:  # more than once for shares of less than 2**-16 alone
         if low >= WHOLE:  # carry into the words before
             last = count - 1
             while out[last] == 65535:
@@ -80,24 +80,39 @@ def _put(low, size, count, out, bit, share):
 
 
 @_inlined
-def _take(code, size, count, words, share):
-    """Decode a bit; a one takes ``share`` of the size.
-
-    Words end in endless zeros.
-    """
+def _take(code, size, count, data, share):
+    """Decode a bit; a one takes ``share`` of the size."""
     bit = code < share
     if bit:
         size = share
     else:
         code -= share
         size -= share
-    if size < LEAST:
-        code <<= 16
-        if count < len(words):
-            code += np.int64(words[count])
+    while size < LEAST:
+        code = code << 16 | _word(data, count)
         count += 1
         size <<= 16
     return bit, code, size, count
+
+
+@_inlined
+def _word(data, count):
+    """Return a word of two bytes, the higher first.
+
+    After the last byte, zeros follow without end.
+    """
+    word = 0
+    if 2 * count < len(data):
+        word = np.int64(data[2 * count]) << 8
+    if 2 * count + 1 < len(data):
+        word |= np.int64(data[2 * count + 1])
+    return word
+
+
+@_inlined
+def _first(data):
+    """Return the first three words as one number."""
+    return _word(data, 0) << 32 | _word(data, 1) << 16 | _word(data, 2)
 
 
 @_inlined
@@ -172,13 +187,13 @@ def _put_escape(low, size, count, out, table, start, value, rates):
 
 
 @_compiled
-def _take_escape(code, size, count, words, table, start, rates):
+def _take_escape(code, size, count, data, table, start, rates):
     """Undo `_put_escape`; the value may be up to 511."""
     length = 0
     while length < 8:
         state = table[start + length]
         share = (size >> 16) * _mean(state, state)
-        bit, code, size, count = _take(code, size, count, words, share)
+        bit, code, size, count = _take(code, size, count, data, share)
         table[start + length] = _updated(state, bit, rates, _LIMIT_ESCAPE)
         if not bit:
             break
@@ -188,7 +203,7 @@ def _take_escape(code, size, count, words, table, start, rates):
     for _ in range(length):
         state = table[start + value]
         share = (size >> 16) * _mean(state, state)
-        bit, code, size, count = _take(code, size, count, words, share)
+        bit, code, size, count = _take(code, size, count, data, share)
         table[start + value] = _updated(state, bit, rates, _LIMIT_ESCAPE)
         value = 2 * value + bit
     return value, code, size, count
@@ -203,7 +218,8 @@ def put_plane(symbols, maps, unary, escapes, offsets, models, out):
     symbols : numpy.ndarray
         uint8, shape (d,).
     maps : tuple[int, int, int, int, int]
-        Batch, channels, height, width; every how many channels share contexts.
+        Batch, channels, height, width; how far apart the second contexts of two
+        channels are, 0 where all share theirs.
     unary : int
         Decisions of a symbol before its escape.
     escapes : bool
@@ -212,7 +228,8 @@ def put_plane(symbols, maps, unary, escapes, offsets, models, out):
         int64, shape (6, 256): what a symbol adds to the first context as neighbour on
         the left, above, above left, above right; to the second on the left, above.
     models : tuple[numpy.ndarray, ...]
-        Probabilities of the first and second contexts, new contexts, escapes.
+        Probabilities of first contexts, of second ones, of those that are new, of
+        escapes; `RATES`; a row of symbols, for the one above.
     out : numpy.ndarray
         uint16; where the words go.
 
@@ -222,11 +239,11 @@ def put_plane(symbols, maps, unary, escapes, offsets, models, out):
         Low end and size of the interval, number of words; -1 if ``out`` is full.
     """
     # pylint: disable=too-many-locals
-    batch, channels, height, width, own = maps
+    batch, channels, height, width, apart = maps
     first, second, novel, escape, rates, above = models
     low, size, count, position = 0, WHOLE, 0, 0
     for plane in range(batch * channels):
-        base = plane % channels % own * 25 * unary
+        base = plane % channels * apart
         above[:] = 0
         for _ in range(height):
             left, corner, up = np.int64(0), np.int64(0), np.int64(above[1])
@@ -262,7 +279,7 @@ def put_plane(symbols, maps, unary, escapes, offsets, models, out):
 
 
 @_compiled
-def take_plane(symbols, maps, unary, escapes, offsets, models, words):
+def take_plane(symbols, maps, unary, escapes, offsets, models, data):
     """Decode the symbols of maps; the inverse of `put_plane`.
 
     Parameters
@@ -271,8 +288,8 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, words):
         uint8, shape (d,); filled.
     maps, unary, escapes, offsets, models
         See `put_plane`.
-    words : numpy.ndarray
-        uint16; what was written.
+    data : numpy.ndarray
+        uint8; the words as bytes, the higher byte of each first.
 
     Returns
     -------
@@ -280,12 +297,12 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, words):
         Number of words read, with those beyond the end; -1 if a symbol is beyond 255.
     """
     # pylint: disable=too-many-locals
-    batch, channels, height, width, own = maps
+    batch, channels, height, width, apart = maps
     first, second, novel, escape, rates, above = models
-    code, size, count = first_words(words), WHOLE, 3
+    code, size, count = _first(data), WHOLE, 3
     position = 0
     for plane in range(batch * channels):
-        base = plane % channels % own * 25 * unary
+        base = plane % channels * apart
         above[:] = 0
         for _ in range(height):
             left, corner, up = np.int64(0), np.int64(0), np.int64(above[1])
@@ -299,7 +316,7 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, words):
                     at, by = np.uintp(one + symbol), np.uintp(two + symbol)
                     state, other = _states(first, second, novel, at, by, symbol)
                     share = (size >> 16) * _mean(state, other)
-                    bit, code, size, count = _take(code, size, count, words, share)
+                    bit, code, size, count = _take(code, size, count, data, share)
                     if state & 1023 == 0:
                         novel[symbol] = _updated(novel[symbol], bit, rates, _LIMIT)
                     first[at] = _updated(state, bit, rates, _LIMIT)
@@ -310,7 +327,7 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, words):
                 if escapes and symbol == unary:
                     start = _escape_table(left, up)
                     value, code, size, count = _take_escape(
-                        code, size, count, words, escape, start, rates
+                        code, size, count, data, escape, start, rates
                     )
                     symbol += value - 1
                     if symbol > 255:
@@ -321,17 +338,6 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, words):
                 left, corner, up = np.int64(symbol), up, right
             above[width] = left
     return count
-
-
-@_compiled
-def first_words(words):
-    """Return the first three words as one number."""
-    code = 0
-    for count in range(3):
-        code <<= 16
-        if count < len(words):
-            code += np.int64(words[count])
-    return code
 
 
 # --- masks ----------------------------------------------------------------------------
@@ -369,20 +375,18 @@ def put_mask(mask, levels, total, ones, out):
                 return low, size, -1
             share = size // rest * left
             low, size, count = _put(low, size, count, out, bit, share)
-            if size < LEAST:  # rarer than 2**-16: a second word leaves the interval
-                low, size, count = _put(low, size, count, out, True, size)
         ones[level] = left - bit
         total[level] = rest - 1
     return low, size, count
 
 
 @_compiled
-def take_mask(mask, levels, total, ones, words):
+def take_mask(mask, levels, total, ones, data):
     """Decode a mask; the inverse of `put_mask`.
 
     Return the number of words read.
     """
-    code, size, count = first_words(words), WHOLE, 3
+    code, size, count = _first(data), WHOLE, 3
     level = 0
     for position in range(mask.size):
         if len(levels):
@@ -391,9 +395,7 @@ def take_mask(mask, levels, total, ones, words):
         bit = left > 0
         if 0 < left < rest:
             share = size // rest * left
-            bit, code, size, count = _take(code, size, count, words, share)
-            if size < LEAST:
-                _, code, size, count = _take(code, size, count, words, size)
+            bit, code, size, count = _take(code, size, count, data, share)
         mask[position] = bit
         ones[level] = left - bit
         total[level] = rest - 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import planes, wire
+from masksl.codec import wire
 from masksl.codec.base import (
     Bounds,
     Compressor,
@@ -20,7 +20,7 @@ from masksl.codec.base import (
     Packed,
     Shape,
 )
-from masksl.codec.bits import pack_bits, packed_size, unpack_bits
+from masksl.codec.bits import BLOCK, pack_bits, packed_size, unpack_bits
 from masksl.codec.coder import decode_mask, elements_of, encode_mask
 from masksl.codec.options import check_choice
 
@@ -69,27 +69,18 @@ class Mask(Compressor):
     ) -> Packed:
         """Compress the elements of a tensor, see `Compressor.pack`."""
         mask = flat.view(torch.uint8)
-        form, checksum, best = _PACKED, 0, _ALL
-        size: float = packed_size(len(flat), 1)
-        host, ones = np.empty(0, np.uint8), np.empty(0, np.int64)
+        packed = packed_size(len(flat), 1)
         if self.code == "auto":
             host = mask.cpu().numpy()
-            choices = [(_ONE, _ALL)]
+            choices = [_Choice.of(_ONE, host, _ALL)]
             if reference is not None:
-                choices.append((_LEVELS, _levels(reference, len(flat))))
-            for choice, levels in choices:
-                counted = _ones(host, levels)
-                about = _size(elements_of(levels, len(counted), len(host)), counted)
-                if about < size:
-                    form, size, best, ones = choice, about, levels, counted
-        if form == _LEVELS:
-            checksum = zlib.crc32(best.data)
-        if form != _PACKED:
-            total = elements_of(best, len(ones), len(host))
-            counts = b"".join(_varint(int(n)) for n in ones[total > 0])
-            coded = counts + encode_mask(host, best, ones)
-            if len(coded) < packed_size(len(flat), 1):
-                return self._PARAMS.pack(form, checksum), [coded]
+                levels = _levels(reference, len(flat))
+                choices.append(_Choice.of(_LEVELS, host, levels))
+            best = min(choices, key=lambda choice: choice.size)
+            if best.size < packed:
+                coded = best.counts + encode_mask(host, best.levels, best.ones)
+                if len(coded) < packed:
+                    return self._PARAMS.pack(best.form, best.checksum), [coded]
         return self._PARAMS.pack(_PACKED, 0), [pack_bits(mask, 1)]
 
     @classmethod
@@ -103,6 +94,8 @@ class Mask(Compressor):
         """Decompress the elements of a tensor, see `Compressor.unpack`."""
         form, checksum = header.unpack_params(cls._PARAMS)
         count = header.elements
+        if checksum and form != _LEVELS:
+            raise FrameError(f"mask frame of form {form} declares a reference")
         if header.dtype != torch.bool or form not in (_PACKED, _ONE, _LEVELS):
             raise FrameError(f"mask frame of {header.dtype} declares form {form}")
         if form == _PACKED:
@@ -154,26 +147,52 @@ def _levels(reference: Tensor, count: int) -> np.ndarray:
     return levels.astype("<u2")
 
 
-def _ones(mask: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Return the number of ones of every level, int64."""
-    if not levels.size:
-        return np.array([np.count_nonzero(mask)])
-    number = int(levels.max()) + 1
-    ones = np.zeros(number, np.int64)
-    for start in range(0, len(mask), planes.BLOCK):
-        part = slice(start, start + planes.BLOCK)
-        ones += np.bincount(levels[part][mask[part] != 0], minlength=number)
-    return ones
+@dataclass(frozen=True)
+class _Choice:
+    """A way to code a mask.
 
+    Parameters
+    ----------
+    form : int
+        Its form.
+    levels : numpy.ndarray
+        uint16, shape (d,), or (0,) for one level.
+    ones : numpy.ndarray
+        int64: the ones of each level.
+    counts : bytes
+        These as they are sent.
+    size : float
+        About how many bytes it takes.
+    """
 
-def _size(total: np.ndarray, ones: np.ndarray) -> float:
-    """Return about how many bytes a mask takes, by its numbers of ones."""
-    ways = sum(
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        for n, k in zip(total.tolist(), ones.tolist(), strict=True)
-    )
-    counts = sum(len(_varint(int(n))) for n in ones[total > 0])
-    return ways / math.log(256) + counts
+    form: int
+    levels: np.ndarray
+    ones: np.ndarray
+    counts: bytes
+    size: float
+
+    @classmethod
+    def of(cls, form: int, mask: np.ndarray, levels: np.ndarray) -> "_Choice":
+        """Return the way to code a mask by levels."""
+        ones = np.array([np.count_nonzero(mask)])
+        if levels.size:
+            number = int(levels.max()) + 1
+            ones = np.zeros(number, np.int64)
+            for start in range(0, len(mask), BLOCK):
+                part = slice(start, start + BLOCK)
+                ones += np.bincount(levels[part][mask[part] != 0], minlength=number)
+        total = elements_of(levels, len(ones), len(mask))
+        ways = sum(
+            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+            for n, k in zip(total.tolist(), ones.tolist(), strict=True)
+        )
+        counts = b"".join(_varint(int(n)) for n in ones[total > 0])
+        return cls(form, levels, ones, counts, ways / math.log(256) + len(counts))
+
+    @property
+    def checksum(self) -> int:
+        """Checksum of the levels, 0 without a reference."""
+        return zlib.crc32(self.levels.data) if self.form == _LEVELS else 0
 
 
 def _varint(number: int) -> bytes:
@@ -192,6 +211,6 @@ def _read_varint(payload: memoryview) -> tuple[int, memoryview]:
         if place >= len(payload):
             break
         number |= (payload[place] & 127) << (7 * place)
-        if payload[place] < 128:
+        if payload[place] < 128 and not (place and payload[place] == 0):
             return number, payload[place + 1 :]
     raise FrameError("mask frame has a count that is cut short or too long")

@@ -14,6 +14,7 @@ import zstandard
 
 from masksl.codec import coder, topk, wire
 from masksl.codec.bits import (
+    BLOCK,
     all_finite,
     chunks,
     count_symbols,
@@ -34,7 +35,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _RAW, _FAST, _CODED = 0, 1, 3  # forms of a plane of symbols
 _INDICES, _GAPS = 16, 18  # forms of positions beside those of planes
 _EARLIER = (2, 17)  # forms of coded planes and gaps that were given up
-BLOCK = 2**18  # elements that are worked on together, to save memory
 
 
 class NotFiniteError(ValueError):

@@ -35,7 +35,7 @@ import xxhash
 from torch import Tensor
 
 from masksl.codec import wire
-from masksl.codec.base import Compressor, coder_of
+from masksl.codec.base import Compressor, class_of
 from masksl.codec.wire import Buffer, FrameError, Header
 
 MAGIC = b"MSKS"
@@ -112,7 +112,7 @@ class Parsed:
 
     Attributes
     ----------
-    coder : type[Compressor] | None
+    compressor : type[Compressor] | None
         Class of the compressor.
     coded : Sequence[str]
         Names of the compressed tensors, in order.
@@ -125,7 +125,7 @@ class Parsed:
         The exact tensors.
     """
 
-    coder: type[Compressor] | None
+    compressor: type[Compressor] | None
     coded: Sequence[str] = ()
     entries: list[tuple[Header, memoryview, Sequence[str]]] = field(
         default_factory=list
@@ -199,15 +199,15 @@ def _parse_coded(
     reader: _Reader, name: str, like: Named, joined: bool, scaled: bool
 ) -> Parsed:
     """Read everything that only frame-sets with a compressor have."""
-    coder = coder_of(name)
+    compressor = class_of(name)
     coded = _marked(reader.take((len(like) + 7) // 8), like)
     for key in coded:
-        if not can_be_coded(like[key], coder):
+        if not can_be_coded(like[key], compressor):
             raise FrameError(
                 f"frame-set has tensor {key} compressed by {name}: "
                 f"{like[key].dtype} of {like[key].numel()} elements"
             )
-    parsed = Parsed(coder, coded)
+    parsed = Parsed(compressor, coded)
     if scaled:
         for key in coded:
             if not like[key].is_floating_point():
@@ -293,9 +293,9 @@ def _checksum(fields: memoryview, payload: Sequence[memoryview] = ()) -> int:
     return checksum.intdigest()
 
 
-def can_be_coded(tensor: Tensor, coder: type[Compressor]) -> bool:
+def can_be_coded(tensor: Tensor, compressor: type[Compressor]) -> bool:
     """Return whether a compressor takes a tensor; all others are sent exactly."""
-    return tensor.dtype in coder.dtypes and tensor.numel() > 0
+    return tensor.dtype in compressor.dtypes and tensor.numel() > 0
 
 
 def exact_order(tensors: Named, coded: Collection[str]) -> list[str]:

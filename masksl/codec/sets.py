@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from masksl.codec import planes, set_wire, wire
-from masksl.codec.base import Compressor, sparse_coder_of
+from masksl.codec.base import Compressor, sparse_class_of
 from masksl.codec.planes import Bounds, NotFiniteError
 from masksl.codec.set_wire import Named
 from masksl.codec.wire import Buffer, FrameError
@@ -272,9 +272,9 @@ def decode_set(data: Buffer, like: Named) -> dict[str, Tensor]:
     parsed = set_wire.parse(data, like)
     tensors = set_wire.read_exact(parsed, like)
     for header, payload, members in parsed.entries:
-        assert parsed.coder is not None
+        assert parsed.compressor is not None
         device = like[members[0]].device
-        flat = parsed.coder.unpack(header, payload, device).to(header.dtype)
+        flat = parsed.compressor.unpack(header, payload, device).to(header.dtype)
         sizes = [like[name].numel() for name in members]
         for name, part in zip(members, flat.split(sizes), strict=True):
             whole = _multiply(part, parsed.scales.get(name))
@@ -303,13 +303,13 @@ def decode_set_sparse(data: Buffer, like: Named) -> dict[str, tuple[Tensor, Tens
         As `decode_set`, and if the set has no compressor or one without positions.
     """
     parsed = set_wire.parse(data, like)
-    if parsed.coder is None:
+    if parsed.compressor is None:
         raise FrameError("frame-set of exact tensors has no positions")
-    coder = sparse_coder_of(parsed.coder.name)
+    compressor = sparse_class_of(parsed.compressor.name)
     found = {}
     for header, payload, members in parsed.entries:
         device = like[members[0]].device
-        positions, values = coder.unpack_sparse(header, payload, device)
+        positions, values = compressor.unpack_sparse(header, payload, device)
         values = values.to(header.dtype)
         starts = np.cumsum([0, *(like[name].numel() for name in members)])
         cuts = [0, positions.numel()]

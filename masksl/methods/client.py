@@ -15,7 +15,6 @@ from torch import nn
 from masksl import model
 from masksl.compress import Compressor, FrameError
 from masksl.dataset import (
-    DATASETS,
     Dataset,
     DatasetConfig,
     DatasetError,
@@ -25,6 +24,7 @@ from masksl.dataset import (
     shards,
 )
 from masksl.methods import method_config, method_of
+from masksl.methods.network import initial_units
 from masksl.runtime import messages
 from masksl.runtime.compressors import compressor_of
 from masksl.settings import (
@@ -122,12 +122,9 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     import_plugins(settings)
     run = RunConfig.of(settings)
     dataset = read(DatasetConfig, settings, "dataset")
-    spec = DATASETS[dataset.name]
-    name, seed = str(settings["model.name"]), derive_seed(run.seed, "model")
     device = resolve_device(run.client_device)
-    units = model.build(name, spec.classes, spec.channels, seed=seed)
     method: ClientMethod = method_of(settings).client_side
-    module = method.module(settings, units).to(device)
+    module = method.module(settings, initial_units(settings)).to(device)
     compressor = compressor_of(settings, "compressor")
     compressor.warm_up()
     return Setup(

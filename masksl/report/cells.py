@@ -137,14 +137,14 @@ def read_cells(folder: Path) -> Cells:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     baselines: dict[Task, dict[str, list[Run]]] = defaultdict(dict)
     compressed: dict[tuple[Task, str], dict[str, list[Run]]] = defaultdict(dict)
-    for run in sorted(runs, key=lambda run: (_rank(CUTS, run.cut), run.seed)):
+    for run in sorted(runs, key=lambda run: (rank(CUTS, run.cut), run.seed)):
         if run.compressor == NONE:
             baselines[run.task].setdefault(run.cut, []).append(run)
         else:
             group = compressed[run.task, run.cut]
             group.setdefault(run.compressor, []).append(run)
     cells: Cells = {}
-    for task, cut in sorted(compressed, key=lambda key: (key[0], _rank(CUTS, key[1]))):
+    for task, cut in sorted(compressed, key=lambda key: (key[0], rank(CUTS, key[1]))):
         if task not in baselines:
             raise ReportError(f"no run of {task} without compression below {folder}")
         first = next(iter(baselines[task].values()))
@@ -167,7 +167,7 @@ def display_name(compressor: str) -> str:
 def compressors_of(cells: Cells) -> list[str]:
     """Return the names of all compressors, in the order of the tables."""
     names = {name for runs in cells.values() for name in runs}
-    return sorted(names, key=lambda name: _rank(ORDER, name))
+    return sorted(names, key=lambda name: rank(ORDER, name))
 
 
 def key_columns(cells: Cells) -> list[str]:
@@ -241,11 +241,12 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
 
 def _cell(task: Task, cut: str, runs: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
     """Return the runs by compressor in the order of the tables, after checking them."""
-    ordered = sorted(runs, key=lambda name: _rank(ORDER, name))
+    ordered = sorted(runs, key=lambda name: rank(ORDER, name))
     for name in ordered:
         _check_alike(runs[name])
         what = f"runs of {task}, {cut}, {NONE} and {name}"
-        _check_settings(runs[NONE][0], runs[name][0], _COMPRESSION, what)
+        first, other = runs[NONE][0].settings, runs[name][0].settings
+        check_settings(first, other, _COMPRESSION, what)
     return {name: runs[name] for name in ordered}
 
 
@@ -257,13 +258,15 @@ def _check_alike(runs: list[Run]) -> None:
         if number > 1:
             raise ReportError(f"seed={seed}: {number} {what} have it")
     for run in runs:
-        _check_settings(first, run, (), what)
+        check_settings(first.settings, run.settings, (), what)
 
 
-def _check_settings(a: Run, b: Run, free: tuple[str, ...], what: str) -> None:
-    """Raise `ReportError` if two runs differ in a key without one of some prefixes."""
-    for key in sorted(a.settings.keys() | b.settings.keys()):
-        values = a.settings.get(key), b.settings.get(key)
+def check_settings(
+    a: Mapping[str, Any], b: Mapping[str, Any], free: tuple[str, ...], what: str
+) -> None:
+    """Raise `ReportError` if settings differ in a key without one of some prefixes."""
+    for key in sorted(a.keys() | b.keys()):
+        values = a.get(key), b.get(key)
         if values[0] != values[1] and not key.startswith(free):
             raise ReportError(f"{what} differ in {key}: {values[0]}, {values[1]}")
 
@@ -272,5 +275,6 @@ def _label_bytes(nested: Mapping[str, Any]) -> int:
     return sum(phase.get("up", {}).get("label", 0) for phase in nested.values())
 
 
-def _rank(order: Sequence[str], name: str) -> tuple[int, str]:
+def rank(order: Sequence[str], name: str) -> tuple[int, str]:
+    """Return the place of a name in an order; all others follow by the alphabet."""
     return (order.index(name) if name in order else len(order), name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masksl.report.cells import NONE, ORDER, display_name
+from masksl.report.cells import NONE, ORDER, check_settings, display_name, rank
 from masksl.report.tables import (
     MISSING,
     ReportError,
@@ -81,7 +81,7 @@ class _Run:
         """Return rounds and bytes until an accuracy, None if it is never reached."""
         sent = 0
         for row in self.rows:
-            sent += _total(row["bytes"])
+            sent += results.total(row["bytes"])
             if row["top1"] >= target:
                 return row["round"], sent
         return None
@@ -160,14 +160,9 @@ def _read_run(folder: Path) -> _Run:
 
 
 def _check(a: _Run, b: _Run, free: tuple[str, ...]) -> None:
-    """Raise `ReportError` if two runs differ in a key without one of some prefixes."""
-    for key in sorted(a.settings.keys() | b.settings.keys()):
-        values = a.settings.get(key), b.settings.get(key)
-        if values[0] != values[1] and not key.startswith(free):
-            raise ReportError(
-                f"runs of {_named(a)} and {_named(b)} differ in {key}: "
-                f"{values[0]}, {values[1]}"
-            )
+    """Raise `ReportError` if runs differ in more than keys of some prefixes."""
+    what = f"runs of {_named(a)} and {_named(b)}"
+    check_settings(a.settings, b.settings, free, what)
 
 
 def _named(run: _Run) -> str:
@@ -230,13 +225,6 @@ def _figures(lines: _Lines) -> str:
     return comma_separated(head, rows)
 
 
-def _rank(run: _Run) -> tuple[int, str]:
-    """Return the place of a compressor in the table."""
-    name = run.settings["compressor.name"]
-    return (ORDER.index(name) if name in ORDER else len(ORDER), run.compressor)
-
-
-def _total(nested: Mapping[str, Any] | int) -> int:
-    if isinstance(nested, Mapping):
-        return sum(map(_total, nested.values()))
-    return nested
+def _rank(run: _Run) -> tuple[int, str, str]:
+    """Return the place of a run's compressor in the table."""
+    return (*rank(ORDER, run.settings["compressor.name"]), run.compressor)

@@ -110,7 +110,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rounds = [row["round"] for row in rows]
     sent: list[float] = []
     for row in rows:
-        sent.append((sent[-1] if sent else 0) + _total(row["bytes"]) / 1e6)
+        sent.append((sent[-1] if sent else 0) + total(row["bytes"]) / 1e6)
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     loss, accuracy, traffic = figure.subplots(1, 3)
     loss.plot(
@@ -135,9 +135,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _total(nested: Mapping[str, Any] | int) -> int:
+def total(nested: Mapping[str, Any] | int) -> int:
+    """Return the sum of the counts of a row, whatever they are nested by."""
     if isinstance(nested, Mapping):
-        return sum(map(_total, nested.values()))
+        return sum(map(total, nested.values()))
     return nested
 
 

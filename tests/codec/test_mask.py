@@ -230,6 +230,8 @@ def test_broken_frames_are_refused() -> None:
         (crafted(frame, b"\xff\xff"), "count that is cut short"),
         (crafted(one, b"\xff\xff\xff\xff\xff\1"), "cut short or too long"),
         (crafted(one, b"\xff\xff\x7f"), "declares 2097151 ones among 4200 elements"),
+        (crafted(one, b"\x81\0"), "cut short or too long"),
+        (crafted(one, b"\1", params=b"\1\1\0\0\0"), "form 1 declares a reference"),
         (crafted(frame, payload + b"\0"), "ends in a byte of zero"),
         (crafted(frame, payload + bytes(8) + b"\1"), "goes on after its last symbol"),
         (crafted(one, b"", params=b"\3\0\0\0\0"), "mask frame of torch.bool declares"),

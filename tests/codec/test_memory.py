@@ -1,7 +1,5 @@
 """Memory that decoding takes beside its output, whole and crafted frames alike."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -11,7 +9,7 @@ import torch
 from masksl.codec import wire
 from masksl.compress import FrameError, decode, decode_sparse, make
 from tests.codec.test_frames import memory
-from tests.conftest import ROOT
+from tests.conftest import run_alone
 
 SHAPE = (32, 16, 64, 64)
 ELEMENTS = 2**21
@@ -77,17 +75,7 @@ def growth(call: Callable[[], torch.Tensor]) -> tuple[int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process")
 def test_decoding_takes_at_most_four_bytes_an_element() -> None:
-    """In a process whose allocator gives everything back at once."""
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.codec.test_memory"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone("tests.codec.test_memory")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
-from masksl import dataset, model
+from masksl import dataset
 from masksl.compress import decode_set
-from masksl.dataset import DATASETS, DatasetConfig
+from masksl.dataset import DatasetConfig
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.fedavg import FedAvgConfig
 from masksl.methods.fedavg.messages import EVALUATE, TRAIN, UPDATE, score_of
 from masksl.methods.global_model import GlobalModel
+from masksl.methods.network import initial_units
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
@@ -27,7 +28,6 @@ from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.network import LocalNetwork
 from masksl.training.score import Score, score
 from masksl.training.tensors import Tensors, average, grouped, tensors_of
-from masksl.utils import derive_seed
 
 
 class FedAvgServer(ServerMethod):
@@ -74,14 +74,8 @@ class FedAvgServer(ServerMethod):
     def build(cls, settings: Settings, clients: ClientManager) -> Self:
         """Build the network from the seed."""
         del clients
-        run = RunConfig.of(settings)
-        name, spec = (
-            str(settings["model.name"]),
-            DATASETS[str(settings["dataset.name"])],
-        )
-        seed = derive_seed(run.seed, "model")
-        units = model.build(name, spec.classes, spec.channels, seed=seed)
-        return cls(settings, nn.Sequential(*units).to(resolve_device(run.device)))
+        device = resolve_device(RunConfig.of(settings).device)
+        return cls(settings, nn.Sequential(*initial_units(settings)).to(device))
 
     # --- training ---------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
 from masksl import model
-from masksl.dataset import DATASETS, Spec, batches
+from masksl.dataset import batches
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.global_model import GlobalModel
+from masksl.methods.network import initial_units, spec_of
 from masksl.methods.split import SplitConfig
 from masksl.methods.split.halves import ServerHalf
 from masksl.methods.split.messages import (
@@ -34,7 +35,6 @@ from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.score import Score
 from masksl.training.tensors import Tensors, average, group, grouped, tensors_of
-from masksl.utils import derive_seed
 
 
 @dataclass
@@ -94,7 +94,7 @@ class SplitServer(ServerMethod):
         """Build both halves from the seed."""
         del clients
         run = RunConfig.of(settings)
-        client, server = model.split(*_units(settings, derive_seed(run.seed, "model")))
+        client, server = model.split(initial_units(settings), _cut(settings))
         device = resolve_device(run.device)
         client.to(device)
         shared = None
@@ -107,7 +107,7 @@ class SplitServer(ServerMethod):
             read(ThreadsConfig, settings, "threads").server,
             read(ComputeConfig, settings, "compute"),
         )
-        spec = _spec(settings)
+        spec = spec_of(settings)
         shape = model.activation_shape(client, spec.channels, spec.size, device)
         return cls(settings, half, shared, shape)
 
@@ -349,19 +349,14 @@ def network_of(tensors: Tensors, settings: Settings) -> nn.Sequential:
     settings : Settings
         Configuration of its run, with ``client_sync`` step or round.
     """
-    units, cut = _units(settings, 0)
-    halves = model.split(units, cut)
+    units = initial_units(settings)
+    halves = model.split(units, _cut(settings))
     for name, half in zip(("model", "server"), halves, strict=True):
         half.load_state_dict(group(tensors, name))
     return nn.Sequential(*units)
 
 
-def _spec(settings: Settings) -> Spec:
-    return DATASETS[str(settings["dataset.name"])]
-
-
-def _units(settings: Settings, seed: int) -> tuple[model.Units, int]:
-    """Return the units of a network with initial weights, and the cut."""
-    name, spec = str(settings["model.name"]), _spec(settings)
-    units = model.build(name, spec.classes, spec.channels, seed=seed)
-    return units, model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
+def _cut(settings: Settings) -> int:
+    """Return the number of units that the client keeps."""
+    name, cut = str(settings["model.name"]), settings["cut"]
+    return model.resolve_cut(name, cut)  # type: ignore[arg-type]
