@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import planes, scalar, topk, wire
+from masksl.codec import planes, positions, scalar, topk, wire
 from masksl.codec.base import (
     COMPRESSORS,
     Bounds,
@@ -43,7 +43,7 @@ from masksl.codec.base import (
     options_of,
     register,
 )
-from masksl.codec.bits import pack_bits
+from masksl.codec.bits import BLOCK, pack_bits, spans
 from masksl.codec.ec import EntropyCodedQuantization
 from masksl.codec.mask import Mask
 from masksl.codec.options import check_choice, check_number, check_sparsity, check_whole
@@ -345,7 +345,9 @@ class FloatQuantization(Compressor):
         levels = wire.to_device(levels, device)
         bits = exponent + mantissa
         flat = planes.read_plane(header, plane, bits, form, lambda: levels)
-        return planes.apply_signs(flat, signs) if signed else flat
+        if signed:
+            planes.apply_signs(flat, signs)
+        return flat
 
 
 # --- sparsifiers: a few elements are kept ---------------------------------------------
@@ -409,7 +411,7 @@ class Sparsification(Compressor):
         magnitude = planes.working(flat).abs().view(rows, -1)
         chosen = self.select(magnitude, kept, seed=seed, training=training)
         values = planes.narrow(flat[chosen], self.values, bounds, self.name)
-        form, coded = planes.write_positions(
+        form, coded = positions.write_positions(
             chosen, shape, self.lossless, gaps=self.positions == "auto"
         )
         scope, dtype = planes.SCOPES.index(self.scope), wire.DTYPE_CODES[values.dtype]
@@ -417,22 +419,30 @@ class Sparsification(Compressor):
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
-        chosen, values = cls.unpack_sparse(header, payload, device)
-        values = values.to(header.dtype)
-        flat = values.new_zeros(header.elements)
-        return flat.index_copy_(0, chosen, values)
+        sent, dtype, coded, form = cls._parts(header, payload)
+        values = planes.Values(header, sent, dtype, device)
+        return positions.place(header, coded, form, values, device)
 
     @classmethod
     def unpack_sparse(
         cls, header: Header, payload: memoryview, device: Device
     ) -> Sparse:
         """Return kept positions and their values, in the type in which they came."""
+        sent, dtype, coded, form = cls._parts(header, payload)
+        kept = len(sent) // dtype.itemsize
+        chosen = positions.read_positions(header, coded, kept, form, device)
+        return chosen, planes.read_values(header, sent, dtype, device)
+
+    @classmethod
+    def _parts(
+        cls, header: Header, payload: memoryview
+    ) -> tuple[memoryview, torch.dtype, memoryview, int]:
+        """Return the values, their type, the positions and their form."""
         kept, scope, code, form = header.unpack_params(cls._PARAMS)
         kept *= planes.check_kept(header, kept, scope)
         dtype = planes.value_dtype(header, code)
         sent, coded = planes.split(header, payload, kept * dtype.itemsize)
-        chosen = planes.read_positions(header, coded, kept, form, device)
-        return chosen, planes.read_values(header, sent, dtype, device)
+        return sent, dtype, coded, form
 
 
 @register
@@ -587,23 +597,49 @@ class MaskSparsification(Compressor):
         units[top] = -1
         marked = top, rows * kept
         flat = planes.read_plane(header, plane, bits, form, lambda: units, marked)
-        chosen = topk.below_zero(flat, rows * kept)
         if rows > 1:
-            cls._check_rows(header, chosen, rows, kept)
-        values = planes.read_values(header, sent, dtype, device).to(header.dtype)
-        work = planes.working(values)
-        smallest = work.view(rows, kept).abs().amin(1, keepdim=True)
-        level = smallest / scalar.number(top, work)
-        flat = flat.view(rows, -1).mul_(level).view(-1)
-        if signed:
-            flat = planes.apply_signs(flat, signs)
-        return flat.to(header.dtype).index_copy_(0, chosen, values)
+            cls._check_rows(flat, rows, kept)
+        values = planes.Values(header, sent, dtype, device)
+        level = cls._smallest(values, rows, kept) / scalar.number(top, flat)
+        flat.view(rows, -1).mul_(level)
+        # Kept elements are less than zero still, or the zero with a sign.
+        packed = wire.to_tensor(signs, torch.uint8, device)
+        out = flat if flat.dtype == header.dtype else flat.to(header.dtype)
+        start = 0
+        for span in spans(flat):
+            chosen = topk.with_sign(flat[span], rows * kept)
+            if signed:
+                planes.negate(out[span], packed, span)
+            stop = start + len(chosen)
+            out[span].index_copy_(0, chosen, values.part(start, stop))
+            start = stop
+        return out
 
     @staticmethod
-    def _check_rows(header: Header, chosen: Tensor, rows: int, kept: int) -> None:
-        row = chosen // (header.elements // rows)
-        if not bool((row.view(rows, kept) == row.view(rows, kept)[:, :1]).all()):
-            raise FrameError(f"ms frame does not keep {kept} elements of every sample")
+    def _smallest(values: planes.Values, rows: int, kept: int) -> Tensor:
+        """Return the smallest magnitude of every row, shape (rows, 1)."""
+        step = max(1, BLOCK // kept) * kept if rows > 1 else BLOCK
+        if torch.device(values.device).type != "cpu":
+            step = values.count
+        found = []
+        for start in range(0, values.count, step):
+            part = planes.working(values.part(start, min(start + step, values.count)))
+            found.append(part.view(-1, kept if rows > 1 else len(part)).abs().amin(1))
+        smallest = torch.cat(found)
+        return (smallest if rows > 1 else smallest.amin(0, keepdim=True)).view(-1, 1)
+
+    @staticmethod
+    def _check_rows(flat: Tensor, rows: int, kept: int) -> None:
+        """Raise `FrameError` unless as many elements are marked in every row."""
+        start = 0
+        for span in spans(flat):
+            chosen = topk.with_sign(flat[span], rows * kept) + span.start
+            order = torch.arange(start, start + len(chosen), device=flat.device)
+            if not torch.equal(chosen // (len(flat) // rows), order // kept):
+                raise FrameError(
+                    f"ms frame does not keep {kept} elements of every sample"
+                )
+            start += len(chosen)
 
 
 # --- those in files of their own ------------------------------------------------------

@@ -18,7 +18,7 @@ _EXPONENTS: dict[torch.dtype, np.uint16 | np.uint32 | np.uint64] = {
 
 # Symbols of so many bits fill a byte; those of one byte, a byte each, are a word.
 _WHOLE = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-BLOCK = 2**18  # elements that are worked on together, to save memory
+BLOCK = 2**17  # elements that are worked on together, to save memory
 _CHUNK = 2**17  # symbols looked at together: 128 KiB, a whole number of bytes packed
 
 
@@ -112,6 +112,42 @@ def unpack_bits(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     return words.view(torch.uint8)[:count]
 
 
+def part_of(packed: torch.Tensor, count: int, bits: int, span: slice) -> torch.Tensor:
+    """Return packed symbols of a span, packed.
+
+    Parameters
+    ----------
+    packed : torch.Tensor
+        uint8, shape (packed_size(count, bits),).
+    count : int
+        Number of symbols.
+    bits : int
+        1 to 16.
+    span : slice
+        The first symbol, a multiple of eight, and the one after the last.
+
+    Returns
+    -------
+    torch.Tensor
+        uint8: a view for up to eight bits.
+    """
+    if bits > 8:
+        high = part_of(packed[count:], count, bits - 8, span)
+        return torch.cat([packed[span], high])
+    return packed[span.start * bits // 8 : (span.stop * bits + 7) // 8]
+
+
+def spans(flat: torch.Tensor) -> Iterator[slice]:
+    """Yield the spans of elements that are worked on together.
+
+    On the CPU they are blocks, to save memory; on a GPU, where each would be waited
+    for, all elements are one.
+    """
+    step = BLOCK if flat.device.type == "cpu" else max(1, len(flat))
+    for start in range(0, len(flat), step):
+        yield slice(start, min(start + step, len(flat)))
+
+
 def look_up(
     packed: torch.Tensor, levels: torch.Tensor, count: int, bits: int
 ) -> torch.Tensor:
@@ -141,8 +177,12 @@ def look_up(
         table = entries.view(whole).ravel()
         found = np.take(table, packed.numpy()).view(entries.dtype)
         return torch.from_numpy(found)[:count]
-    symbols = unpack_bits(packed, count, bits)
-    return levels.index_select(0, symbols.to(torch.int32))
+    out = levels.new_empty(count)
+    for span in spans(out):
+        part = out[span]
+        symbols = unpack_bits(part_of(packed, count, bits, span), len(part), bits)
+        torch.index_select(levels, 0, symbols.to(torch.int32), out=part)
+    return out
 
 
 def count_symbols(payload: memoryview, count: int, bits: int, symbol: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import planes, scalar, topk, wire
+from masksl.codec import planes, positions, scalar, topk, wire
 from masksl.codec.base import (
     Bounds,
     Compressor,
@@ -19,7 +19,7 @@ from masksl.codec.base import (
     Packed,
     Shape,
 )
-from masksl.codec.bits import BLOCK, pack_bits, packed_size, unpack_bits
+from masksl.codec.bits import pack_bits, packed_size, spans, unpack_bits
 from masksl.codec.coder import decode_plane, encode_plane
 from masksl.codec.options import check_choice, check_number
 
@@ -147,8 +147,8 @@ class EntropyCodedQuantization(Compressor):
         if signed:
             cls._apply_signs(header, flat, symbols, signs, count)
         if outliers:
-            values = planes.read_values(header, exact, header.dtype, device)
-            flat[topk.positions(symbols == scalar.Quantizer.LAST)] = values
+            values = planes.Values(header, exact, header.dtype, device)
+            positions.fill(flat, symbols == scalar.Quantizer.LAST, values)
         return flat
 
     @staticmethod
@@ -159,11 +159,9 @@ class EntropyCodedQuantization(Compressor):
         planes.check_marked(header, int(symbols.count_nonzero()), count)
         packed = wire.to_tensor(signs, torch.uint8, flat.device)
         negative = unpack_bits(packed, count, 1).view(torch.bool)
-        # In blocks to save memory, but on a GPU, where each would be waited for.
-        block = BLOCK if flat.device.type == "cpu" else len(flat)
-        for part, own in zip(flat.split(block), symbols.split(block), strict=True):
-            nonzero = own > 0
-            number = int(nonzero.count_nonzero()) if len(own) < len(flat) else count
+        for span in spans(flat):
+            part, nonzero = flat[span], symbols[span] > 0
+            number = int(nonzero.count_nonzero()) if len(part) < len(flat) else count
             turned = torch.zeros_like(nonzero)
             turned.masked_scatter_(nonzero, negative[:number])
             negative = negative[number:]

@@ -1,11 +1,12 @@
 """Positions by the gaps between them, entropy-coded."""
 
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from masksl.codec.bits import pack_bits, packed_size, unpack_bits
+from masksl.codec.bits import BLOCK, pack_bits, packed_size, part_of, unpack_bits
 from masksl.codec.coder import decode_plane, encode_plane
 from masksl.codec.wire import FrameError, to_tensor
 
@@ -46,7 +47,7 @@ def encode_gaps(positions: np.ndarray, count: int) -> bytes | None:
     return _GAPS.pack(low, alphabet, len(coded)) + coded + rest
 
 
-def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
+def gap_blocks(payload: memoryview, kept: int, count: int) -> Iterator[np.ndarray]:
     """Decode positions; the inverse of `encode_gaps`.
 
     Parameters
@@ -60,13 +61,15 @@ def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
 
     Returns
     -------
-    numpy.ndarray
-        int64, shape (kept,).
+    Iterator[numpy.ndarray]
+        Blocks of positions, int64, ascending. A byte for each position is allocated,
+        and one block.
 
     Raises
     ------
     FrameError
-        If the positions are not as many, or not within the elements.
+        If the positions are not as many, or not within the elements: before it
+        returns.
     """
     if len(payload) < _GAPS.size:
         raise FrameError(f"coded gaps of {len(payload)} bytes have no header")
@@ -75,12 +78,28 @@ def decode_gaps(payload: memoryview, kept: int, count: int) -> np.ndarray:
     sound = low <= 16 and 1 <= alphabet <= 256
     if not sound or len(payload) != _GAPS.size + length + rest:
         raise FrameError(f"coded gaps with {low} low bits, {len(payload)} bytes")
-    coded = payload[_GAPS.size :][:length]
-    gaps = decode_plane(coded, alphabet, (kept,)).astype(np.int64) << low
-    if low:
-        packed = to_tensor(payload[_GAPS.size + length :], torch.uint8, "cpu")
-        gaps |= unpack_bits(packed, kept, low).numpy()
-    positions = np.cumsum(gaps + 1) - 1
-    if positions[-1] >= count:
-        raise FrameError(f"coded gaps reach {positions[-1]} of {count} elements")
-    return positions
+    high = decode_plane(payload[_GAPS.size :][:length], alphabet, (kept,))
+    packed = to_tensor(payload[_GAPS.size + length :], torch.uint8, "cpu")
+    last = -1
+    for block in _positions(high, packed, low):
+        last = int(block[-1])
+    if last >= count:
+        raise FrameError(f"coded gaps reach {last} of {count} elements")
+    return _positions(high, packed, low)
+
+
+def _positions(
+    high: np.ndarray, packed: torch.Tensor, low: int
+) -> Iterator[np.ndarray]:
+    """Yield blocks of positions by the upper and the packed lower bits of gaps."""
+    last, kept = -1, len(high)
+    for start in range(0, kept, BLOCK):
+        span = slice(start, min(start + BLOCK, kept))
+        gaps = high[span].astype(np.int64) << low
+        if low:
+            part = part_of(packed, kept, low, span)
+            gaps |= unpack_bits(part, len(gaps), low).numpy()
+        gaps += 1
+        block = last + np.cumsum(gaps, out=gaps)
+        last = int(block[-1])
+        yield block

@@ -1,8 +1,7 @@
-"""Parts of payloads: values, signs, planes of symbols, and positions.
+"""Parts of payloads: values, signs, and planes of symbols.
 
 A plane holds one small symbol for every element. It is encoded bit-packed, or by a
-lossless stage if that is smaller. The positions of kept elements are encoded as a plane
-of one bit, as indices or as gaps.
+lossless stage if that is smaller. `masksl.codec.positions` encodes positions.
 """
 
 import math
@@ -12,18 +11,17 @@ import numpy as np
 import torch
 import zstandard
 
-from masksl.codec import coder, topk, wire
+from masksl.codec import coder, wire
 from masksl.codec.bits import (
-    BLOCK,
     all_finite,
-    chunks,
     count_symbols,
     look_up,
     pack_bits,
     packed_size,
+    part_of,
+    spans,
     unpack_bits,
 )
-from masksl.codec.gaps import decode_gaps, encode_gaps
 from masksl.codec.wire import FrameError
 
 Bounds = tuple[float, float]  # least and largest element of a tensor
@@ -33,7 +31,6 @@ LOSSLESS = ("none", "fast", "context", "auto")
 
 _HALF = (torch.float16, torch.bfloat16)
 _RAW, _FAST, _CODED = 0, 1, 3  # forms of a plane of symbols
-_INDICES, _GAPS = 16, 18  # forms of positions beside those of planes
 _EARLIER = (2, 17)  # forms of coded planes and gaps that were given up
 
 
@@ -101,9 +98,52 @@ def read_values(
     device: torch.device | str,
 ) -> torch.Tensor:
     """Return values of the payload; they must be finite."""
+    _check_finite(header, payload, dtype)
+    return wire.to_tensor(payload, dtype, device)
+
+
+class Values:
+    """Values of a payload, read in parts to save memory.
+
+    Parameters
+    ----------
+    header : wire.Header
+        Header of the frame.
+    payload : memoryview
+        The values alone, whole.
+    dtype : torch.dtype
+        Their type in the payload.
+    device : torch.device | str
+        Device that they are read to.
+
+    Raises
+    ------
+    FrameError
+        If one of them is not finite.
+    """
+
+    def __init__(
+        self,
+        header: wire.Header,
+        payload: memoryview,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        _check_finite(header, payload, dtype)
+        self._payload, self._sent = payload, dtype
+        self._dtype, self.device = header.dtype, device
+        self.count = len(payload) // dtype.itemsize
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """Return values, shape (stop - start,), of the type of the frame's tensor."""
+        size = self._sent.itemsize
+        part = self._payload[size * start : size * stop]
+        return wire.to_tensor(part, self._sent, self.device).to(self._dtype)
+
+
+def _check_finite(header: wire.Header, payload: memoryview, dtype: torch.dtype) -> None:
     if not all_finite(payload, dtype):
         raise FrameError(f"{header.compressor} frame holds values that are not finite")
-    return wire.to_tensor(payload, dtype, device)
 
 
 def sign_bytes(header: wire.Header, signed: int) -> int:
@@ -111,11 +151,28 @@ def sign_bytes(header: wire.Header, signed: int) -> int:
     return packed_size(header.elements, 1) if signed else 0
 
 
-def apply_signs(flat: torch.Tensor, signs: memoryview) -> torch.Tensor:
-    """Negate elements by a bit each."""
+def apply_signs(flat: torch.Tensor, signs: memoryview) -> None:
+    """Negate elements in place, by a bit each."""
     packed = wire.to_tensor(signs, torch.uint8, flat.device)
-    negative = unpack_bits(packed, flat.numel(), 1).view(torch.bool)
-    return torch.where(negative, -flat, flat)
+    for span in spans(flat):
+        negate(flat[span], packed, span)
+
+
+def negate(part: torch.Tensor, packed: torch.Tensor, span: slice) -> None:
+    """Negate the elements of a span in place, by a bit each.
+
+    Parameters
+    ----------
+    part : torch.Tensor
+        The elements of the span.
+    packed : torch.Tensor
+        uint8: one bit for every element of the whole tensor.
+    span : slice
+        One of `spans`.
+    """
+    bits = part_of(packed, 8 * len(packed), 1, span)
+    negative = unpack_bits(bits, len(part), 1).view(torch.bool)
+    part.copy_(torch.where(negative, -part, part))
 
 
 def write_plane(
@@ -216,8 +273,8 @@ def levels_of(symbols: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """
     symbols = symbols.to(levels.device)
     out = levels.new_empty(len(symbols))
-    for part, found in zip(symbols.split(BLOCK), out.split(BLOCK), strict=True):
-        torch.index_select(levels, 0, part.int(), out=found)
+    for span in spans(out):
+        torch.index_select(levels, 0, symbols[span].int(), out=out[span])
     return out
 
 
@@ -235,62 +292,6 @@ def _unknown_form(header: wire.Header, form: int) -> FrameError:
     """Return the error of a form that is not known, or not any more."""
     what = "of an earlier version" if form in _EARLIER else "which is not known"
     return FrameError(f"{header.compressor} frame has a part of form {form}, {what}")
-
-
-def write_positions(
-    chosen: torch.Tensor, shape: tuple[int, ...], lossless: str, *, gaps: bool
-) -> tuple[int, wire.Part]:
-    """Encode positions in the smallest allowed form; return the form and the bytes.
-
-    Parameters
-    ----------
-    chosen : torch.Tensor
-        int64, shape (k,): ascending positions in the flat tensor.
-    shape : tuple[int, ...]
-        Shape of the tensor.
-    lossless : str
-        Stage over the bitmap, see `write_plane`.
-    gaps : bool
-        Whether the gaps between positions may be coded.
-    """
-    count = math.prod(shape)
-    mask = torch.zeros(count, dtype=torch.uint8, device=chosen.device)
-    mask[chosen] = 1
-    form, coded = write_plane(mask, 1, shape, lossless)
-    size = len(coded) if isinstance(coded, bytes) else coded.numel()
-    if 4 * chosen.numel() < size and count <= 2**31:
-        form, coded = _INDICES, chosen.to(torch.int32)
-        size = 4 * chosen.numel()
-    if gaps:
-        coded_gaps = encode_gaps(chosen.cpu().numpy(), count)
-        if coded_gaps is not None and len(coded_gaps) < size:
-            form, coded = _GAPS, coded_gaps
-    return form, coded
-
-
-def read_positions(
-    header: wire.Header,
-    payload: memoryview,
-    kept: int,
-    form: int,
-    device: torch.device | str,
-) -> torch.Tensor:
-    """Undo `write_positions`: int64, shape (kept,), ascending, within the elements."""
-    if form == _GAPS:
-        decoded = decode_gaps(payload, kept, header.elements)
-        return torch.from_numpy(decoded).to(device)
-    if form != _INDICES:
-        levels = torch.arange(2, device=device) > 0
-        mask = read_plane(header, payload, 1, form, lambda: levels, marked=(1, kept))
-        return topk.positions(mask, kept)
-    wire.check_payload(header, payload, 4 * kept)
-    for part in chunks(payload, "<u4"):
-        if part[-1] >= header.elements or np.any(part[1:] <= part[:-1]):
-            raise FrameError(
-                f"{header.compressor} frame has indices that do not ascend "
-                f"within its {header.elements} elements"
-            )
-    return wire.to_tensor(payload, torch.int32, device).long()
 
 
 SCOPES = ("tensor", "sample")

@@ -6,6 +6,8 @@ from decimal import ROUND_FLOOR, Decimal
 import numpy as np
 import torch
 
+from masksl.codec.bits import BLOCK
+
 
 def kept(sparsity: float, count: int) -> int:
     """Return k = floor((1 - sparsity) * count), at least 1, in decimal arithmetic."""
@@ -35,16 +37,13 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
         if candidates.numel() == k:
             return candidates
         del candidates  # as large as two tensors if many are tied
-    else:
-        smallest = torch.cat([_kth(row, k) for row in magnitude])
-    mask = magnitude >= smallest.view(-1, 1)
-    selected = torch.stack([row.count_nonzero() for row in mask])  # sum(1) takes memory
-    for row, surplus in enumerate((selected - k).tolist()):
-        if surplus:
-            ties = positions(magnitude[row] == smallest[row])
-            mask[row, ties[-surplus:]] = False
-            del ties
-    return positions(mask.view(-1))
+        mask = magnitude.view(-1) >= smallest
+        ties = positions(magnitude.view(-1) == smallest)
+        mask[ties[k - int(mask.count_nonzero()) :]] = False
+        return positions(mask)
+    step = max(1, BLOCK // magnitude.shape[1])
+    mask = torch.cat([_of_rows(part, k).view(-1) for part in magnitude.split(step)])
+    return positions(mask)
 
 
 def draw(
@@ -103,11 +102,14 @@ def positions(mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
     return torch.nonzero_static(mask, size=count).view(-1)
 
 
-def below_zero(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the positions of ``count`` negative values, int64, ascending."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
-    return positions(values < 0, count)
+def with_sign(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the positions of ``count`` values with a sign, int64, ascending.
+
+    These are the negative values and the zero with a sign.
+    """
+    if values.device.type == "cpu":  # several times as fast as PyTorch's
+        return torch.from_numpy(np.flatnonzero(np.signbit(values.numpy())))
+    return positions(torch.signbit(values), count)
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -124,6 +126,21 @@ def _largest_on_device(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     places = k - mask.sum(1, keepdim=True)
     mask |= ties & (ties.cumsum(1, dtype=torch.int32) <= places)
     return positions(mask.view(-1), mask.shape[0] * k)
+
+
+def _of_rows(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    """Select the k largest of some rows together, bool, shape (rows, n)."""
+    rows = magnitude.numpy()
+    rank = rows.shape[1] - k
+    smallest = np.partition(rows, rank)[:, rank, None]
+    mask = rows >= smallest
+    tied = np.flatnonzero(mask.sum(1, dtype=np.int32) > k)
+    if len(tied):
+        rows, smallest = rows[tied], smallest[tied]
+        above, ties = rows > smallest, rows == smallest
+        places = k - above.sum(1, dtype=np.int32, keepdims=True)
+        mask[tied] = above | ties & (ties.cumsum(1, dtype=np.int32) <= places)
+    return torch.from_numpy(mask)
 
 
 def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
