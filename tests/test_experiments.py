@@ -99,7 +99,7 @@ def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) 
         assert losses[0] == losses[1]
 
 
-def test_options_reach_the_kernels() -> None:
+def test_options_reach_theloops() -> None:
     images = torch.randn(2, 3, 8, 8)
     plain, last = ComputeConfig(), ComputeConfig(channels_last=True)
     assert plain.laid_out(images) is images

@@ -94,7 +94,7 @@ def decode_plane(
     data = _bytes(payload[1:])
     symbols = np.empty(math.prod(shape), np.uint8)
     arguments = _arguments(payload[0], alphabet, shape)
-    count = _kernels().take_plane(symbols, *arguments, data)
+    count = loops().take_plane(symbols, *arguments, data)
     if count < 0 or int(symbols.max()) >= alphabet:
         raise FrameError(f"coded plane holds symbols beyond its {alphabet}")
     _check_end(count, data)
@@ -121,7 +121,7 @@ def encode_mask(mask: np.ndarray, levels: np.ndarray, ones: np.ndarray) -> bytes
 
     def write(out: np.ndarray) -> tuple[int, int, int]:
         total = elements_of(levels, len(ones), len(mask))
-        return _kernels().put_mask(mask, levels, total, ones.copy(), out)
+        return loops().put_mask(mask, levels, total, ones.copy(), out)
 
     return _written(write, len(mask) // 16 + 64)
 
@@ -158,7 +158,7 @@ def decode_mask(
             f"mask declares {ones[level]} ones among {total[level]} elements"
         )
     mask = np.empty(count, np.uint8)
-    read = _kernels().take_mask(mask, levels, total, ones.copy(), data)
+    read = loops().take_mask(mask, levels, total, ones.copy(), data)
     _check_end(read, data)
     return mask
 
@@ -182,8 +182,8 @@ def elements_of(levels: np.ndarray, number: int, count: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> ModuleType:
-    """Import the compiled loops and run each once."""
+def loops() -> ModuleType:
+    """Import the compiled loops, and run each once with every type."""
     start = time.perf_counter()
     # pylint: disable-next=import-outside-toplevel
     from masksl.codec import kernels
@@ -196,6 +196,10 @@ def _kernels() -> ModuleType:
     kernels.take_plane(symbols, *arguments, _NOTHING)
     kernels.put_mask(bits, levels, one.copy(), 0 * one, out)
     kernels.take_mask(bits, levels, one.copy(), 0 * one, _NOTHING)
+    tables = np.zeros(1024, np.int64), np.zeros(1024), np.zeros(1024)
+    for kind in (np.float32, np.float64):
+        numbers = kind(1), kind(0), kind(255)
+        kernels.quantize(np.zeros(1, kind), *numbers, tables[1], bits, *tables)
     if not hasattr(kernels.put_plane, "stats"):
         _log.warning("entropy coding runs as plain Python, which is very slow")
     elif kernels.put_plane.stats.cache_misses:
@@ -216,7 +220,7 @@ def _encoded(
 
     def write(out: np.ndarray) -> tuple[int, int, int]:
         arguments = _arguments(unary, alphabet, shape)
-        return _kernels().put_plane(symbols, *arguments, out)
+        return loops().put_plane(symbols, *arguments, out)
 
     return bytes([unary]) + _written(write, len(symbols) // 2 + 64)
 

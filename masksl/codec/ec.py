@@ -3,13 +3,14 @@
 import math
 import struct
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import planes, positions, scalar, topk, wire
+from masksl.codec import planes, positions, topk, wire
 from masksl.codec.base import (
     Bounds,
     Compressor,
@@ -22,6 +23,7 @@ from masksl.codec.base import (
 from masksl.codec.bits import pack_bits, packed_size, spans, unpack_bits
 from masksl.codec.coder import decode_plane, encode_plane
 from masksl.codec.options import check_choice, check_number
+from masksl.codec.quantizer import Elements, Quantized, Quantizer, Target, choose
 
 # Form of the coded plane by ``context``: of the tensor's shape, or of one row.
 _FORMS = {"spatial": 3, "none": 4}
@@ -42,10 +44,13 @@ class EntropyCodedQuantization(Compressor):
     step : float | None
         Width of a step in standard deviations of the tensor.
     bits : float | None
-        Budget, in bits an element: the step is searched so that frames keep to it.
+        Budget, in bits an element. The payload of a frame never takes more, and 99 %
+        of it if a step does. Where even one symbol for all elements takes more, as in
+        tensors of a few elements, it is that.
     error : float | None
-        Target of the relative error (2-norm of the difference over that of the
-        tensor), likewise. At most one of the three is given; 0.25 if none is.
+        Relative error (2-norm of the difference over that of the tensor) that decoded
+        tensors never exceed; they have 99 % of it if a step does. At most one of the
+        three is given; 0.25 if none is.
     deadzone : float | None
         Width of symbol 0 in steps, 0.5 to 1; None chooses, on a sample, the width with
         the fewest bits at its error.
@@ -83,31 +88,40 @@ class EntropyCodedQuantization(Compressor):
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
     ) -> Packed:
         """Compress the elements of a tensor, see `Compressor.pack`."""
-        work = planes.working(flat)
+        work = planes.working(flat).cpu().numpy()
         signed = bounds[0] < 0
-        magnitude = work.abs() if signed else work
 
-        def cost(quantizer: scalar.Quantizer) -> float:
-            return self._bits_of(quantizer, magnitude, shape, signed)
+        def rounded(magnitudes: np.ndarray) -> np.ndarray:
+            return torch.from_numpy(magnitudes).to(flat.dtype).double().numpy()
 
-        target = scalar.Target(self.step, self.bits, self.error, self.deadzone)
         largest = max(map(abs, bounds))
-        quantizer = scalar.choose_quantizer(work, magnitude, largest, target, cost)
-        symbols = quantizer.symbols(magnitude)
-        host = symbols.cpu().numpy()
-        counts = np.trim_zeros(scalar.occurrences(host), "b")
-        centroids = self._centroids(host, counts, magnitude, signed)
-        outliers = flat[topk.positions(symbols == scalar.Quantizer.LAST)]
-        coded = self._coded(host, len(counts), shape)
-        parts: list[wire.Part] = [centroids, outliers, coded]
-        signs = 0
-        if signed:
-            negative = topk.masked(work < 0, symbols > 0)
-            if signs := negative.numel():
-                parts.append(pack_bits(negative.view(torch.uint8), 1))
-        lengths = outliers.numel(), len(coded), signs
+        elements = Elements(work, signed, largest, rounded)
+        target = Target(self.step, self.bits, self.error, self.deadzone)
+        finish = partial(self._finished, flat=flat, shape=shape, signed=signed)
+        quantized, (lengths, parts) = choose(elements, target, finish)
+        alphabet = len(quantized.counts)
         form = _FORMS[self.context]
-        return self._PARAMS.pack(form, len(counts), signed, *lengths), parts
+        return self._PARAMS.pack(form, alphabet, signed, *lengths), parts
+
+    def _finished(
+        self, quantized: Quantized, *, flat: Tensor, shape: Shape, signed: bool
+    ) -> tuple[float, tuple[tuple[int, int, int], list[wire.Part]]]:
+        """Encode symbols; return the bits an element, the lengths and the payload."""
+        symbols = quantized.symbols
+        by = _shape(shape, self.context == "none")
+        coded = encode_plane(symbols, len(quantized.counts), by)
+        centroids = torch.from_numpy(quantized.centroids[int(signed) : Quantizer.LAST])
+        last = topk.positions(torch.from_numpy(symbols == Quantizer.LAST))
+        outliers = flat[last.to(flat.device)].cpu()
+        negative = 0
+        parts: list[wire.Part] = [centroids, outliers, coded]
+        if signed:
+            below = topk.masked((flat < 0).cpu(), torch.from_numpy(symbols > 0))
+            if negative := below.numel():
+                parts.append(pack_bits(below.view(torch.uint8), 1))
+        size = sum(len(each) for each in wire.to_host(parts))
+        lengths = outliers.numel(), len(coded), negative
+        return 8 * size / len(symbols), (lengths, parts)
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -125,7 +139,7 @@ class EntropyCodedQuantization(Compressor):
             )
         dtype = planes.working_dtype(header.dtype)
         first = 1 if signed else 0
-        regular = min(alphabet, scalar.Quantizer.LAST) - first
+        regular = min(alphabet, Quantizer.LAST) - first
         sizes = (
             regular * dtype.itemsize,
             outliers * header.dtype.itemsize,
@@ -138,7 +152,7 @@ class EntropyCodedQuantization(Compressor):
             raise FrameError(f"ec frame holds centroids that no {header.dtype} can be")
         row = form == _FORMS["none"]
         plane = decode_plane(coded, alphabet, _shape(header.shape, row))
-        last = int(np.count_nonzero(plane == scalar.Quantizer.LAST))
+        last = int(np.count_nonzero(plane == Quantizer.LAST))
         planes.check_marked(header, last, outliers)
         symbols = wire.to_device(torch.from_numpy(plane), device)
         table = torch.zeros(256, dtype=dtype, device=device)
@@ -148,7 +162,7 @@ class EntropyCodedQuantization(Compressor):
             cls._apply_signs(header, flat, symbols, signs, count)
         if outliers:
             values = planes.Values(header, exact, header.dtype, device)
-            positions.fill(flat, symbols == scalar.Quantizer.LAST, values)
+            positions.fill(flat, symbols == Quantizer.LAST, values)
         return flat
 
     @staticmethod
@@ -166,36 +180,6 @@ class EntropyCodedQuantization(Compressor):
             turned.masked_scatter_(nonzero, negative[:number])
             negative = negative[number:]
             part.copy_(torch.where(turned, -part, part))
-
-    def _coded(self, symbols: np.ndarray, alphabet: int, shape: Shape) -> bytes:
-        shape = _shape(shape, self.context == "none")
-        return encode_plane(symbols, alphabet, shape)
-
-    @staticmethod
-    def _centroids(
-        symbols: np.ndarray, counts: np.ndarray, magnitude: Tensor, signed: bool
-    ) -> Tensor:
-        """Return the mean magnitude of every symbol that is not sent exactly."""
-        sums = scalar.sums_by(symbols, magnitude, len(counts))
-        means = sums / np.maximum(counts, 1)
-        most = torch.finfo(magnitude.dtype).max
-        chosen = torch.from_numpy(means[int(signed) : scalar.Quantizer.LAST])
-        return chosen.clamp_(max=most).to(magnitude.dtype)
-
-    def _bits_of(
-        self,
-        quantizer: scalar.Quantizer,
-        magnitude: Tensor,
-        shape: Shape,
-        signed: bool,
-    ) -> float:
-        """Return the bits an element of the payload."""
-        symbols = quantizer.symbols(magnitude).cpu().numpy()
-        counts = np.trim_zeros(scalar.occurrences(symbols), "b")
-        coded = 8 * len(self._coded(symbols, len(counts), shape))
-        signs = len(symbols) - int(counts[0]) if signed else 0
-        exact = 32 * int(counts[scalar.Quantizer.LAST :].sum())
-        return (coded + 32 * len(counts) + signs + exact) / len(symbols)
 
 
 def _shape(shape: Shape, row: bool) -> Shape:

@@ -1,9 +1,9 @@
-"""The inner loops of entropy coding, compiled by Numba.
+"""The inner loops of quantisers and of entropy coding, compiled by Numba.
 
-`masksl.codec.coder` documents the format. All arithmetic is on integers of less than 63
-bits, so every machine writes and reads the same bytes. Where Numba is not installed or
-``NUMBA_DISABLE_JIT`` is set, the functions run as plain Python, about a thousand times
-slower.
+`masksl.codec.coder` documents the format. All arithmetic of coding is on integers of
+less than 63 bits, so every machine writes and reads the same bytes. Where Numba is not
+installed or ``NUMBA_DISABLE_JIT`` is set, the functions run as plain Python, about a
+thousand times slower.
 
 An encoder's ``low``, ``size`` and ``count`` are the interval [low, low + size) and the
 number of words in ``out``; a decoder's ``code`` is the position in the interval.
@@ -24,7 +24,7 @@ except ImportError:  # pragma: no cover
 
 # The loops allocate nothing. Without the counting of references to arrays (``_nrt``),
 # which Numba otherwise adds to them, they are four times as fast.
-_OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+_OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False, "error_model": "numpy"}
 
 
 def _compiled(function):
@@ -338,6 +338,42 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, data):
                 left, corner, up = np.int64(symbol), up, right
             above[width] = left
     return count
+
+
+# --- quantisers -----------------------------------------------------------------------
+
+
+@_compiled
+def quantize(work, step, shift, last, middles, symbols, counts, sums, squares):
+    """Quantise magnitudes, and add up what each symbol loses.
+
+    Parameters
+    ----------
+    work : numpy.ndarray
+        float32 or float64, shape (d,).
+    step, shift, last : numpy.floating
+        Of the type of ``work``: the symbol of x is |x| / step + shift, truncated, at
+        most ``last``.
+    middles : numpy.ndarray
+        float64, shape (1024,): the magnitude that distances of each symbol are taken
+        from, four times.
+    symbols : numpy.ndarray
+        uint8, shape (d,); filled.
+    counts, sums, squares : numpy.ndarray
+        int64, float64, float64, each of shape (1024,): occurrences of each symbol, sums
+        of distances and of their squares. There are four tables, taken in turn, so that
+        an addition need not wait for the one before.
+    """
+    for start in range(0, work.size, 1024):  # a block stays in the cache
+        stop = min(start + 1024, work.size)
+        for i in range(start, stop):
+            symbols[i] = np.uint8(min(abs(work[i]) / step + shift, last))
+        for i in range(start, stop):
+            at = np.uintp((i & 3) << 8 | np.int64(symbols[i]))
+            away = np.float64(abs(work[i])) - middles[at]
+            counts[at] += 1
+            sums[at] += away
+            squares[at] += away * away
 
 
 # --- masks ----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 NO_LEVELS = np.zeros(0, np.uint16)
 
 
-def plain_kernels() -> ModuleType:
+def plainloops() -> ModuleType:
     """Return the loops as plain Python: their file, loaded without Numba's compiler."""
     spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
     assert spec is not None and spec.loader is not None
@@ -44,13 +44,13 @@ def plain_kernels() -> ModuleType:
     return module
 
 
-PLAIN = plain_kernels()
+PLAIN = plainloops()
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """Let the coder run in plain Python."""
-    with mock.patch.object(coder, "_kernels", lambda: PLAIN):
+    with mock.patch.object(coder, "loops", lambda: PLAIN):
         yield
 
 
@@ -542,7 +542,7 @@ def test_every_word_must_be_used() -> None:
     words = -(-(len(coded) - 1) // 2)
     longer = memoryview(coded.ljust(1 + 2 * words, b"\0") + b"\0\0\0\0\0\1")
     for loops in (kernels, PLAIN):
-        with mock.patch.object(coder, "_kernels", lambda loops=loops: loops):
+        with mock.patch.object(coder, "loops", lambda loops=loops: loops):
             with pytest.raises(FrameError, match="goes on after its last symbol"):
                 coder.decode_plane(longer, 2, (4000,))
 
@@ -563,7 +563,7 @@ def test_symbols_must_be_in_the_alphabet(alphabet: int) -> None:
 def test_symbols_beyond_a_byte_are_refused(unary: int) -> None:
     """Bytes of zero make every decision a one: an escape of the value 511."""
     for loops in (kernels, PLAIN):
-        with mock.patch.object(coder, "_kernels", lambda loops=loops: loops):
+        with mock.patch.object(coder, "loops", lambda loops=loops: loops):
             with pytest.raises(FrameError, match="symbols beyond its 256"):
                 coder.decode_plane(memoryview(bytes([unary])), 256, (4, 4))
 
@@ -593,7 +593,7 @@ def test_any_bytes_are_a_plane_or_refused(
     """Compiled and plain agree; no word is read that is not there."""
     results = []
     for loops in (kernels, PLAIN):
-        with mock.patch.object(coder, "_kernels", lambda loops=loops: loops):
+        with mock.patch.object(coder, "loops", lambda loops=loops: loops):
             try:
                 found = coder.decode_plane(memoryview(payload), alphabet, shape)
             except FrameError as error:
@@ -631,7 +631,7 @@ def test_frames_of_too_many_elements_are_refused_before_they_are_decoded(
     header = wire.Header("ec", torch.float32, (1, 1, 8192, 8192), params)
     frame = wire.assemble(header, [bytes(4), b"\0"])
     assert len(frame) < 80
-    monkeypatch.setattr(coder, "_kernels", lambda: pytest.fail("a loop is run"))
+    monkeypatch.setattr(coder, "loops", lambda: pytest.fail("a loop is run"))
     with pytest.raises(FrameError, match="declares 67108864 elements, not 1 to 65536"):
         decode(frame, max_elements=2**16)
 
