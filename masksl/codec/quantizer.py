@@ -396,7 +396,7 @@ def approach(
     """
     safe, beyond = bounds if rising else bounds[::-1]
     place, slope = math.log(max(start, _TINY)), _slope(expected, start, rising)
-    before, before_level, tries = math.nan, math.nan, 0
+    before, before_level, tries = 0.0, 0.0, 0
     best_value, best = -1.0, None
     while abs(beyond - safe) > _PRECISION:
         value, result = measured(math.exp(place))
@@ -409,7 +409,7 @@ def approach(
             if value >= _LEAST * target:
                 break
         level, tries = math.log(max(value, _TINY)), tries + 1
-        if place != before:
+        if tries > 1 and place != before:
             secant = (level - before_level) / (place - before)
             usable = math.isfinite(secant) and abs(secant) > _FLAT
             slope = secant if usable and (secant > 0) == rising else slope
