@@ -12,8 +12,9 @@ A **mask** is a bit for every element. The number of ones is sent; then every bi
 encoded by the share of ones among those that are left. An integer ``reference`` gives
 the elements levels, and every level has its own number of ones.
 
-``docs/frame.md`` describes both to the bit. The inner loops are compiled once by Numba,
-which takes some seconds, and kept on disk; see `masksl.codec.base.Compressor.warm_up`.
+``docs/coding.md`` describes both to the bit. The inner loops are compiled once by
+Numba, which takes some seconds, and kept on disk; see
+`masksl.codec.base.Compressor.warm_up`.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A decoder of entropy-coded parts and frames in plain Python, from docs/frame.md.
+"""A decoder of entropy-coded parts in plain Python, from docs/coding.md.
 
 It shares no code with the package, and does not check what it reads. Numbers are
 Python's own, so that nothing can overflow.
@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Sequence
 
 A, B, C = (1, 2, 3, 5, 9), (1, 2, 4), (1, 2, 3, 6)
-FLOATS = {3: ("f", 4), 4: ("d", 8)}  # by the code of the dtype
 Probability = list[int]  # p and n
 
 
@@ -214,23 +213,8 @@ def mask_frame(frame: bytes, reference: Sequence[int] = ()) -> list[int]:
     return coded_mask(payload, levels)
 
 
-def ec_frame(frame: bytes) -> list[float]:
-    """Return the elements of a frame of `ec` of a float32 or float64 tensor."""
-    name, dtype, shape, params, payload = frame_parts(frame)
-    assert name == "ec"
-    form, alphabet, signed, exact, length, count = struct.unpack("<BHBIIQ", params)
-    letter, width = FLOATS[dtype]
-    number = min(alphabet, 255) - signed
-    numbers = struct.unpack_from(f"<{number + exact}{letter}", payload)
-    centroids = [0.0] * signed + list(numbers[:number])
-    values, rest = iter(numbers[number:]), payload[(number + exact) * width :]
-    d = math.prod(shape)
-    symbols = plane(rest[:length], alphabet, shape if form == 3 else (d,))
-    signs = iter(bits_of(rest[length:], 1, count) if count else ())
-    found = []
-    for symbol in symbols:
-        negative = signed and symbol and next(signs)
-        value = next(values) if symbol == 255 else centroids[symbol]
-        found.append(-value if negative and symbol != 255 else value)
-    assert not list(signs) and not list(values)
-    return found
+def ec_symbols(
+    data: bytes, alphabet: int, shape: tuple[int, ...], form: int
+) -> list[int]:
+    """Return the symbols of `ec`: by the tensor's shape, or as one row."""
+    return plane(data, alphabet, shape if form == 3 else (math.prod(shape),))

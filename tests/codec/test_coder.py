@@ -100,7 +100,7 @@ def check_plane(symbols: np.ndarray, alphabet: int, shape: Shape) -> bytes:
     seed=st.integers(0, 2**32),
 )
 def test_planes_come_back(shape: Shape, alphabet: int, skew: float, seed: int) -> None:
-    """In both kinds of loops, and by a decoder written from docs/frame.md alone."""
+    """In both kinds of loops, and by a decoder written from docs/coding.md alone."""
     symbols = drawn(math.prod(shape), alphabet, skew, seed)
     coded = check_plane(symbols, alphabet, shape)
     assert reference_decoder.plane(coded, alphabet, shape) == symbols.tolist()

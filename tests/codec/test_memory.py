@@ -1,9 +1,11 @@
 """Memory that decoding takes beside its output, whole and crafted frames alike."""
 
 import ctypes
+import random
 import struct
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,8 @@ def check() -> None:
     taken, _ = growth(lambda: decode_sparse(frame, max_elements=ELEMENTS)[1])
     assert taken <= 4 * ELEMENTS, taken  # 12 bytes and some for each that is kept
     check_crafted(cases["ec"][0])
+    check_claims()
+    check_mutated()
 
 
 def all_indices(tensor: torch.Tensor) -> bytes:
@@ -91,11 +95,88 @@ def check_crafted(frame: bytes) -> None:
     for shape in ((1, 1, 8192, 8192), (2**22 + 1,), (2**31 - 1, 2**31 - 1)):
         claim = wire.Header(header.compressor, header.dtype, shape, header.params)
         for part in (bytes(payload), bytes(payload[:9388])):
-            crafted = wire.assemble(claim, [part])
-            before = memory("VmRSS", reset_peak=True)
-            with pytest.raises(FrameError, match="elements, not 1 to"):
-                decode(crafted, max_elements=ELEMENTS)
-            assert memory("VmHWM") - before < 2**20
+            check_refusal(wire.assemble(claim, [part]), "elements, not 1 to")
+
+
+def check_claims() -> None:
+    """Claim as many elements as are allowed, with parts that are too short for them.
+
+    The lengths of all parts but coded planes follow from the header.
+    """
+    tensor = torch.randn(2, 3, 8, 8)
+    for name, options in (
+        ("none", {}),
+        ("none", {"values": "bfloat16"}),
+        ("qu", {}),
+        ("qu", {"bits": 12, "lossless": "fast"}),
+        ("qq", {}),
+        ("fp", {}),
+        ("sp", {}),
+        ("sp", {"lossless": "fast"}),
+        ("rt", {"scope": "sample"}),
+        ("ms", {}),
+        ("ms", {"scope": "sample", "lossless": "fast"}),
+    ):
+        frame = make(name, **options).encode(tensor)
+        header, payload = wire.parse(frame)
+        for shape in (SHAPE, (2, ELEMENTS // 2)):
+            claim = wire.Header(header.compressor, header.dtype, shape, header.params)
+            check_refusal(wire.assemble(claim, [bytes(payload)]), "")
+    check_refusal(make("mask").encode(tensor > 0)[:-1], "declares")
+
+
+def check_refusal(frame: bytes, message: str) -> None:
+    """Check that a frame is refused, and that less than 1 MiB is taken for it."""
+    with pytest.raises(FrameError, match=message):
+        decode(frame, max_elements=ELEMENTS)  # what is loaded at first use
+    ctypes.CDLL(None).malloc_trim(0)
+    before = memory("VmRSS", reset_peak=True)
+    with pytest.raises(FrameError, match=message):
+        decode(frame, max_elements=ELEMENTS)
+    assert memory("VmHWM") - before < 2**20, (frame[8:16], message)
+
+
+def check_mutated() -> None:
+    """Change bytes of frames that claim large tensors.
+
+    Whatever they are, they are decoded or refused within what a frame may take.
+    """
+    rng, decoded = random.Random(0), 0
+    frames = [
+        make(name, **options).encode(tensor)
+        for name, options in MUTATED
+        for tensor in (torch.randn(2, 3, 8, 8), torch.randn(700).relu())
+    ]
+    for _ in range(300):
+        header, payload = wire.parse(rng.choice(frames))
+        part = bytearray(payload)
+        for _ in range(rng.choice((0, 1, 1, 3))):
+            part[rng.randrange(len(part))] = rng.randrange(256)
+        elements = 2 ** rng.randrange(8, 21)
+        shape = rng.choice(((elements,), (4, 4, 4, elements // 64)))
+        claim = wire.Header(header.compressor, header.dtype, shape, header.params)
+        frame = wire.assemble(claim, [bytes(part)])
+        ctypes.CDLL(None).malloc_trim(0)
+        before = memory("VmRSS", reset_peak=True)
+        try:
+            decode(frame, max_elements=elements)
+            decoded += 1
+        except FrameError:
+            pass
+        taken = memory("VmHWM") - before
+        assert taken <= 8 * elements + CONSTANT, (header, taken)
+    assert 10 < decoded < 290
+
+
+MUTATED: list[tuple[str, dict[str, Any]]] = [
+    ("sp", {"sparsity": 0.9, "positions": "auto"}),
+    ("sp", {"sparsity": 0.5, "positions": "auto"}),
+    ("sp", {"lossless": "context"}),
+    ("ms", {"lossless": "context"}),
+    ("qu", {"lossless": "context"}),
+    ("ec", {"error": 0.3}),
+    ("ec", {"step": 0.01, "context": "none"}),
+]
 
 
 def growth(call: Callable[[], torch.Tensor]) -> tuple[int, int]:
