@@ -6,6 +6,7 @@ import sys
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from masksl.compress import (
     FrameError,
     NotFiniteError,
     decode,
+    encode_set,
     kept_positions,
     make,
 )
@@ -542,11 +544,41 @@ def test_extreme_values() -> None:
 # --- what is refused ------------------------------------------------------------------
 
 
+def not_dense() -> list[tuple[object, str]]:
+    """Return what is no dense tensor, and what is said of it."""
+    plain = torch.randn(4, 4)
+    return [
+        (plain.to_sparse(), "torch.sparse_coo tensor: must be a dense one"),
+        (plain.to_sparse_csr(), "torch.sparse_csr tensor: must be a dense one"),
+        (plain.to_mkldnn(), "torch._mkldnn tensor: must be a dense one"),
+        (
+            torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+            "quantized tensor: must be a dense one",
+        ),
+        (torch.nested.nested_tensor([plain]), "nested tensor: must be a dense one"),
+        (torch.empty(3, device="meta"), "tensor on device meta: must have values"),
+        ([1.0, 2.0], "list: must be a torch.Tensor"),
+        (np.ones(3), "ndarray: must be a torch.Tensor"),
+    ]
+
+
+@pytest.mark.parametrize("name", [*FLOATING, "mask"])
+def test_what_is_no_dense_tensor_is_refused(name: str) -> None:
+    for bad, message in not_dense():
+        with pytest.raises(TypeError, match=f"^{name}: {message}"):
+            make(name).encode(bad)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"^tensor w: {message}"):
+            encode_set({"w": bad}, make(name))  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize("name", FLOATING)
 def test_bad_tensors_are_refused(name: str) -> None:
     compressor = make(name)
-    with pytest.raises(ValueError, match=f"{name}: tensor of shape"):
+    with pytest.raises(ValueError) as caught:
         compressor.encode(torch.empty(0, 3))
+    assert str(caught.value) == (
+        f"{name}: tensor of shape (0, 3) is empty, it must have at least one element"
+    )
     with pytest.raises(TypeError, match=f"{name}: dtype torch.int64"):
         compressor.encode(torch.arange(3))
     bad = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 2.0])

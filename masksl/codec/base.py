@@ -97,19 +97,23 @@ class Compressor(ABC):
         Raises
         ------
         TypeError
-            If the tensor is not of a type named above.
+            If it is no tensor, not dense, without values, or not of a type named above.
         ValueError
             If it is empty, or the compressor takes no reference; as `NotFiniteError` if
             it has values that are not finite. The message names the compressor and
             counts them.
         """
+        wire.check_dense(tensor, self.name)
         if tensor.dtype not in self.dtypes:
             raise TypeError(
                 f"{self.name}: dtype {tensor.dtype} cannot be encoded, "
                 f"expected one of {', '.join(map(str, self.dtypes))}"
             )
         if tensor.numel() == 0:
-            raise ValueError(f"{self.name}: tensor of shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{self.name}: tensor of shape {tuple(tensor.shape)} is empty, "
+                "it must have at least one element"
+            )
         flat = wire.flatten(tensor)
         bounds = planes.finite_bounds(flat, self.name)
         shape = tuple(tensor.shape)

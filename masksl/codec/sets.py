@@ -79,7 +79,7 @@ def encode_set(
     Raises
     ------
     TypeError
-        If a tensor is of another type.
+        If one is no tensor, not dense, without values, or of another type.
     ValueError
         If a name of ``exact`` is not among the tensors, or tensors of several dtypes
         are to be joined; as `NotFiniteError` if a tensor that is compressed has values
@@ -87,6 +87,8 @@ def encode_set(
     """
     if unknown := [name for name in exact if name not in tensors]:
         raise ValueError(f"exact={unknown[0]!r}: must be one of the tensors' names")
+    for key, tensor in tensors.items():
+        wire.check_dense(tensor, f"tensor {key}")
     mode, name, flags, table = set_wire.EXACT, "", 0, b""
     coded: list[str] = []
     parts: list[wire.Part] = []

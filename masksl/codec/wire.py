@@ -206,6 +206,18 @@ def check_payload(header: Header, payload: memoryview, expected: int) -> None:
         )
 
 
+def check_dense(tensor: object, name: str) -> None:
+    """Raise `TypeError` unless it is a dense tensor with values; ``name`` begins it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}: must be a torch.Tensor")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        kind = "quantized" if tensor.is_quantized else kind
+        raise TypeError(f"{name}: {kind} tensor: must be a dense one, torch.strided")
+    if tensor.is_meta:
+        raise TypeError(f"{name}: tensor on device meta: must have values")
+
+
 def flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements in row-major order, shape (d,), with stride 1.
 
