@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_the_default_job_reaches_95_percent(tmp_path: Path) -> None:
     summary = results.read_summary(tmp_path)
     assert summary["top1"] >= 0.95
     assert 13.6 < summary["compression_factor"] < 13.8
+    printed = " ".join(done.stdout.split())
+    for page in ("README.md", "docs/running.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        quoted = re.findall(r"^│.* [\d,]+ B │$|^│ compression .*$", text, re.M)
+        assert len(quoted) >= 4
+        for line in quoted:
+            assert " ".join(line.split()) in printed, (page, line)
 
 
 def test_multirun_sweeps(tmp_path: Path) -> None:

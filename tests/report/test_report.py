@@ -450,10 +450,17 @@ def test_figure3_has_every_round_of_every_compressor(sweep: Path) -> None:
         assert float(tops[-1]["std"]) == pytest.approx(stdev(last), abs=1e-4)
 
 
-IN_README = {
+PAGES = {
+    "figure2": "docs/results-figure2.md",
+    "figure2_small": "docs/results-figure2.md",
+    "table1_small": "docs/results-table1.md",
+    "fedavg_mnist": "docs/methods/fedavg.md",
+}
+SHOWN = {
     ("figure2", "paper.md"),
     ("table1_small", "table1.md"),
     ("table1_small", "accuracy.md"),
+    ("fedavg_mnist", "fedavg.md"),
 }
 
 
@@ -466,6 +473,7 @@ IN_README = {
         ("runs", "cifar10_compressors"),
         ("table1", "table1_small"),
         ("figure3", "table1_small"),
+        ("fedavg", "fedavg_mnist"),
     ],
 )
 def test_what_is_committed_comes_out_again(
@@ -473,15 +481,26 @@ def test_what_is_committed_comes_out_again(
 ) -> None:
     shown = ROOT / "results" / folder
     shutil.copytree(shown, tmp_path / folder)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = PAGES.get(folder, "docs/results.md")
+    shows = (ROOT / page).read_text(encoding="utf-8")
     for name, text in REPORTS[report](tmp_path / folder).items():
         assert text == (shown / name).read_text(encoding="utf-8")
-        if (folder, name) in IN_README:
-            assert text in readme
+        if (folder, name) in SHOWN:
+            assert text in shows
     for name in (path.name for path in shown.glob("*.png")):
-        assert f"results/{folder}/{name}" in readme
+        assert f"results/{folder}/{name}" in shows
         size = (shown / name).stat().st_size
         assert (tmp_path / folder / name).stat().st_size == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize("table", ["table1_small/table1.md", "fedavg_mnist/fedavg.md"])
+def test_the_readme_quotes_lines_of_what_is_committed(table: str) -> None:
+    committed = (ROOT / "results" / table).read_text(encoding="utf-8").splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, found, rest = readme.partition("\n".join(committed[:2]) + "\n")
+    quoted = rest.split("\n\n")[0].splitlines()
+    assert found and quoted
+    assert [line for line in committed if line in quoted] == quoted
 
 
 def test_a_report_is_written_into_the_folder(
