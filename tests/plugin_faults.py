@@ -25,8 +25,9 @@ NAMES = {
 }
 
 
-def _wrap(handlers: dict[str, Handler], kind: str) -> None:
-    handler, name = handlers[kind], NAMES[kind]
+def _wrap(handlers: Any, kind: str) -> None:
+    name = NAMES[kind]
+    handler: Handler = handlers[kind]
 
     def faulty(client: Client, content: RecordDict) -> RecordDict:
         plugins = client.run.plugins

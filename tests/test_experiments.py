@@ -83,8 +83,10 @@ def test_both_federations(federation: str, tiny_cifar: None, tmp_path: Path) -> 
     "options", ["precision=tf32", "precision=bfloat16", "channels_last=true"]
 )
 def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) -> None:
-    job = ("dataset.name=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium")
-    job += ("dataset.limit=200", "compressor=none", "client_sync=step")
+    job = (
+        *("dataset.name=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium"),
+        *("dataset.limit=200", "compressor=none", "client_sync=step"),
+    )
     losses, sizes = [], []
     for number, more in enumerate(((), (f"compute.{options}",))):
         folder = tmp_path / str(number)

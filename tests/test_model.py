@@ -14,7 +14,7 @@ CASES = [
     ("small_cnn", 10, 8, 224_842),
     ("lenet", 10, 28, 20_922),
 ]
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vgg19": [(64, 16, 16), (256, 4, 4), (512, 2, 2)],
     "resnet8": [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
     "resnet18": [(64, 32, 32), (128, 16, 16), (256, 8, 8)],
@@ -45,8 +45,8 @@ def test_halves_hold_exactly_the_network(
         for cut in range(1, len(units)):
             client, server = model.split(units, cut)
             assert parameters(client) + parameters(server) == expected
-        for cut, shape in zip(architecture.cuts, SHAPES[name], strict=True):
-            client, server = model.split(units, model.resolve_cut(name, cut))
+        for place, shape in zip(architecture.cuts, SHAPES[name], strict=True):
+            client, server = model.split(units, model.resolve_cut(name, place))
             activation = client(images)
             assert activation.shape == (2, *shape)
             assert torch.equal(server(activation), logits)

@@ -14,10 +14,14 @@ from tests.conftest import ROOT
 SHIP = ROOT / "scripts/ship.py"
 
 
-def ship(*arguments: object, cwd: Path, program: Path = SHIP):
+def ship(
+    *arguments: object, cwd: Path, program: Path = SHIP
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(program), *map(str, arguments)],
-        **{"cwd": cwd, "capture_output": True, "text": True},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
         check=False,
         timeout=120,
     )
@@ -114,7 +118,9 @@ def test_a_dry_run_of_the_full_list(data_root: Path, tmp_path: Path) -> None:
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command],
-            **{"cwd": there, "capture_output": True, "text": True},
+            cwd=there,
+            capture_output=True,
+            text=True,
             env=os.environ | {"PYTHONPATH": str(there)},
             check=False,
             timeout=600,

@@ -34,7 +34,9 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(folder, *overrides),
-        **{"cwd": ROOT, "capture_output": True, "text": True},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=False,
         timeout=300,
     )
@@ -183,7 +185,10 @@ def test_runs_start_in_the_order_of_the_paper() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "--multirun", "experiment=table1", *FEW],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
     )

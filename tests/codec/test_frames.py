@@ -295,7 +295,9 @@ def memory(figure: str, reset_peak: bool = False) -> int:
     if reset_peak:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(re.search(rf"{figure}:\s+(\d+) kB", status)[1])
+    found = re.search(rf"{figure}:\s+(\d+) kB", status)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def options_in(text: str) -> dict[str, Any]:

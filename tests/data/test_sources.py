@@ -6,14 +6,21 @@ from typing import Any
 import pytest
 import torch
 
+from masksl.data.images import Images, TensorImages
 from masksl.dataset import DatasetConfig, DatasetError, load
 from tests.data.folders import make_imagenet, make_picture, make_tiny_imagenet
 
 
+def held(images: Images) -> torch.Tensor:
+    """Return the images of a split that holds them as one tensor."""
+    assert isinstance(images, TensorImages)
+    return images.images
+
+
 def test_digits_are_bundled() -> None:
     data = load(DatasetConfig())
-    assert data.train.images.shape == (1437, 1, 8, 8)
-    assert data.train.images.dtype == torch.uint8
+    assert held(data.train).shape == (1437, 1, 8, 8)
+    assert held(data.train).dtype == torch.uint8
     assert len(data.test.labels) == 360
     images, labels = data.test_batch(torch.arange(360))
     assert images.shape == (360, 1, 8, 8)
@@ -35,14 +42,14 @@ def test_real_sets(
 ) -> None:
     config = DatasetConfig(name=name, root=str(data_root), download=False)
     data = load(config)
-    assert data.train.images.shape == (train, *shape)
+    assert held(data.train).shape == (train, *shape)
     assert (len(data.train.labels), len(data.test.labels)) == (train, test)
     assert data.train.labels.unique().tolist() == list(range(classes))
     images, _ = data.test_batch(torch.arange(2000))
     assert images.mean().abs() < 0.1
     assert 0.9 < images.std() < 1.3  # the usual constants of CIFAR-10 are not exact
     limited = load(config.model_copy(update={"limit": 70, "test_limit": 30}))
-    assert torch.equal(limited.train.images, data.train.images[:70])
+    assert torch.equal(held(limited.train), held(data.train)[:70])
     assert len(limited.test.labels) == 30
 
 

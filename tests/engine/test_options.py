@@ -115,7 +115,9 @@ def test_options_load_neither_flower_nor_ray() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        **{"cwd": ROOT, "capture_output": True, "text": True},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=False,
         timeout=60,
     )

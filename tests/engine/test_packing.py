@@ -72,4 +72,5 @@ def test_shared_records_are_packed_once() -> None:
     assert first["model"] is second["model"]
     assert first["model"] == big and second["gradient"] == small
     assert first["place"] == place
-    assert all(isinstance(a.data, bytes) for a in first["model"].values())
+    arrays = first.array_records["model"].values()
+    assert all(isinstance(array.data, bytes) for array in arrays)

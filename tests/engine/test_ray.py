@@ -70,8 +70,10 @@ def test_several_calls_per_host_change_nothing(
 
 
 def test_seventy_clients_change_nothing(tmp_path: Path) -> None:
-    job = ("rounds=2", "clients=70", "dataset.limit=280", "dataset.test_limit=70")
-    job += ("batch_size=2",)
+    job = (
+        *("rounds=2", "clients=70", "dataset.limit=280", "dataset.test_limit=70"),
+        "batch_size=2",
+    )
     rows = run(tmp_path, *job, "engine.clients_in_flight=null")
     local = train(*job)
     assert rows == untimed(local.rows)

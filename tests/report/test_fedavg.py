@@ -44,14 +44,15 @@ def cells(folder: Path) -> dict[tuple[str, str], list[str]]:
 def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
     synthetic(tmp_path / "a", [0.5, 0.975, 0.99])
     synthetic(tmp_path / "b", [0.97, 0.98, 0.96], seed=2)
-    sp = {"compressor.name": "sp", "compressor.sparsity": 0.9}
+    sp: dict[str, Any] = {"compressor.name": "sp", "compressor.sparsity": 0.9}
     synthetic(tmp_path / "c", [0.2, 0.98, 0.98], 250_000, **sp)
     synthetic(tmp_path / "d", [0.2, 0.3, 0.4], 250_000, seed=2, **sp)
     # a run of split learning is none of these
-    synthetic(tmp_path / "e", [0.9], **{"method.name": "split"})
-    half = {"dataset.partition": "dirichlet", "dataset.alpha": 0.5}
+    other: dict[str, Any] = {"method.name": "split"}
+    synthetic(tmp_path / "e", [0.9], **other)
+    half: dict[str, Any] = {"dataset.partition": "dirichlet", "dataset.alpha": 0.5}
     synthetic(tmp_path / "f", [0.2], 250_000, **sp, **half)
-    down = {"model_compressor.name": "qu", "model_compressor.bits": 8}
+    down: dict[str, Any] = {"model_compressor.name": "qu", "model_compressor.bits": 8}
     synthetic(tmp_path / "g", [0.995], **half, **down)
     assert cells(tmp_path) == {
         ("iid", "none"): [
@@ -99,7 +100,8 @@ def test_runs_that_cannot_be_compared_are_refused(
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no summary.json of method=fedavg below"):
         fedavg(tmp_path)
-    synthetic(tmp_path / "a", [0.5], **{"dataset.partition": None})
+    unnamed: dict[str, Any] = {"dataset.partition": None}
+    synthetic(tmp_path / "a", [0.5], **unnamed)
     with pytest.raises(ReportError, match="a/config.yaml: no dataset.partition"):
         fedavg(tmp_path)
 

@@ -74,8 +74,10 @@ def test_state_of_clients_is_current_in_rare_checkpoints(
     sync: str, tmp_path: Path
 ) -> None:
     """A client that trained since the last checkpoint need not train in its round."""
-    overrides = ("rounds=8", "clients=4", "fraction=0.5", "dataset.limit=130")
-    overrides += ("dataset.test_limit=40", "checkpoint.every=2", f"client_sync={sync}")
+    overrides = (
+        *("rounds=8", "clients=4", "fraction=0.5", "dataset.limit=130"),
+        *("dataset.test_limit=40", "checkpoint.every=2", f"client_sync={sync}"),
+    )
     expected = run(tmp_path / "whole", *overrides)
     run_until(tmp_path / "first", 5, *overrides)
     assert checkpoint.read(tmp_path / "first")[1]["round"] == 4

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -204,9 +205,10 @@ def test_live_arrays_become_bytes_only_when_pickled() -> None:
     record = messages.state_record({"w": tensor, "n": torch.tensor(5)})
     device = torch.device("cpu")
     assert messages.state_tensors(record, device)["w"] is tensor
-    function, arguments = record["w"].__reduce__()
+    reduced: Any = record["w"].__reduce__()
+    rebuild, arguments = reduced
     plain = messages.ArrayRecord()
-    plain["w"] = function(*arguments)
+    plain["w"] = rebuild(*arguments)
     copy = messages.state_tensors(plain, device)["w"]
     assert torch.equal(copy, tensor)
     assert copy.dtype == tensor.dtype
