@@ -21,6 +21,7 @@ from masksl.methods import method_config, method_of
 from masksl.model import ModelConfig
 from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import Link
+from masksl.runtime.tracking import tracker_of
 from masksl.settings import (
     PLUGINS,
     CheckpointConfig,
@@ -53,7 +54,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "dataset": DatasetConfig,
     "model": ModelConfig,
 }
-"""The sections of every run by prefix; engine, method and compressors have others."""
+"""The sections of every run by prefix.
+
+Engine, method, tracker and compressors have others.
+"""
 
 
 def compose(overrides: Sequence[str]) -> Settings:
@@ -133,6 +137,7 @@ def check(settings: Mapping[str, Value]) -> None:
     sections = {p: read(section, settings, p) for p, section in SECTIONS.items()}
     run, data = sections[""], sections["dataset"]
     assert isinstance(run, RunConfig) and isinstance(data, DatasetConfig)
+    read(tracker_of(settings).config, settings, "tracking")
     compressors = {slot: compressor_of(settings, slot) for slot in COMPRESSOR_GROUPS}
     _check_model(settings)
     for slot in method_config(settings).unused_slots:
@@ -151,6 +156,7 @@ def known_keys(settings: Mapping[str, Value]) -> Iterator[str]:
     own: dict[str, type[BaseModel]] = {
         "engine": ENGINES[_engine_name(settings)],
         "method": method_of(settings).config,
+        "tracking": tracker_of(settings).config,
     }
     for prefix, section in (SECTIONS | own).items():
         for name in section.model_fields:
@@ -162,8 +168,8 @@ def check_resume(
 ) -> None:
     """Refuse to resume a run under a configuration that would change it.
 
-    Engines, paths of data and checkpoints change nothing. Nor do more rounds, unless
-    the schedule of the learning rate depends on their number.
+    Engines, paths of data, checkpoints and trackers change nothing. Nor do more rounds,
+    unless the schedule of the learning rate depends on their number.
 
     Parameters
     ----------
@@ -197,7 +203,7 @@ def check_resume(
 
 _FREE_ON_RESUME = (
     *("engine.", "checkpoint.", "resume", "min_clients", "target"),
-    *("dataset.root", "dataset.download", "dataset.workers"),
+    *("dataset.root", "dataset.download", "dataset.workers", "tracking."),
 )
 
 

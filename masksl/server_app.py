@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from masksl.runtime.results import (
     read_config,
     read_summary,
 )
+from masksl.runtime.tracking import Tracker, tracker_of
 from masksl.settings import (
     CheckpointConfig,
     RunConfig,
@@ -94,14 +96,21 @@ class _Recorder:
         The run folder.
     progress : ProgressBar
         Shows steps and rounds.
+    tracker : Tracker
+        Is given every row.
     """
 
     def __init__(
-        self, settings: Settings, results: RunFolder, progress: ProgressBar
+        self,
+        settings: Settings,
+        results: RunFolder,
+        progress: ProgressBar,
+        tracker: Tracker,
     ) -> None:
         self._settings = settings
         self._results = results
         self._progress = progress
+        self._tracker = tracker
         self._checkpoint = read(CheckpointConfig, settings, "checkpoint")
         self._rounds = RunConfig.of(settings).rounds
         self.on_step = progress.on_step
@@ -134,6 +143,7 @@ class _Recorder:
         self.rows.append(row)
         self._results.add_row(row)
         self._progress.on_round(row)
+        self._tracker.on_round(row)
 
     def _write_checkpoint(self) -> None:
         assert self.strategy is not None
@@ -168,13 +178,15 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     wait_for_clients(grid, run_config.clients, PATIENCE)
     results = RunFolder(folder)
     results.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
-    with ProgressBar(run_config.rounds) as progress:
-        recorder = _Recorder(settings, results, progress)
-        strategy = make_strategy(settings, recorder)
-        recorder.begin(strategy, saved)
-        strategy.start(grid, num_rounds=run_config.rounds)
-    summary = strategy.summarize(recorder.rows, time.monotonic() - began)
-    results.finish(summary)
+    with closing(tracker_of(settings)(settings, folder)) as tracker:
+        with ProgressBar(run_config.rounds) as progress:
+            recorder = _Recorder(settings, results, progress, tracker)
+            strategy = make_strategy(settings, recorder)
+            recorder.begin(strategy, saved)
+            strategy.start(grid, num_rounds=run_config.rounds)
+        summary = strategy.summarize(recorder.rows, time.monotonic() - began)
+        results.finish(summary)
+        tracker.on_summary(summary)
     print_summary(summary, strategy.method.labels, str(folder.resolve()))
 
 

@@ -33,7 +33,7 @@ IMPORTS: dict[str, set[str]] = {
     "strategy": {"methods.base", "runtime", "settings", "training", "utils"},
     "config": {
         *("methods", "compress", "dataset", "model", "training", "engine.options"),
-        *("runtime.ledger", "runtime.compressors", "settings"),
+        *("runtime.ledger", "runtime.compressors", "runtime.tracking", "settings"),
     },
     "client_app": {"methods.base", "runtime", "settings"},
     "server_app": {

@@ -16,7 +16,7 @@ CUTS = ("shallow", "medium", "deep")
 # Three accounts of the traffic: the paper's, and two that count more.
 ACCOUNTS = ("activations", "with labels", "everything")
 # Prefixes of the keys that may differ between runs of one compressor.
-_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume")
+_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking.")
 # Prefixes of the keys that may also differ between compressors.
 _COMPRESSION = ("compressor.", "gradient_", "cut", "plugins")
 # Keys that a run must have, by the file that holds them.

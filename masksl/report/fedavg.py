@@ -30,7 +30,10 @@ _NEEDED = (
     *("model.name", "clients", "seed", "compressor.name", "model_compressor.name"),
 )
 # Prefixes of keys that may differ between runs of one line, of one partition.
-_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "target")
+_FREE = (
+    *("seed", "dataset.root", "engine.", "checkpoint.", "resume", "target"),
+    "tracking.",
+)
 _COMPRESSION = ("compressor.", "model_compressor.", "plugins")
 
 
