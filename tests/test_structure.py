@@ -1,6 +1,8 @@
 """Who imports whom: the rooms of the package."""
 
 import ast
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -202,3 +204,22 @@ def test_nothing_pickles() -> None:
         names = imported(path)
         assert not names & {"pickle", "cloudpickle", "dill"}, path
         assert "torch.load" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_process_starts_without_what_it_may_not_need() -> None:
+    """Importing them takes longer than all else, and most processes need none."""
+    script = (
+        "import sys, masksl.main, masksl.client_app, masksl.methods.split.server\n"
+        "slow = {'torchvision', 'torch._dynamo', 'sklearn', 'scipy', 'datasets',\n"
+        "        'flwr_datasets', 'matplotlib', 'ray', 'tensorboard'}\n"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
-from torchvision import datasets as torchvision_datasets
 
 from masksl.data.images import DatasetError, FileImages, Images, TensorImages
 
@@ -160,6 +159,10 @@ def torchvision_loader(
 
 def _read_torchvision(kind: str, root: str, train: bool, download: bool) -> Images:
     """Return one split of a torchvision data set."""
+    # Imported here: importing it takes seconds, and the digits do not need it.
+    # pylint: disable-next=import-outside-toplevel
+    from torchvision import datasets as torchvision_datasets
+
     split = getattr(torchvision_datasets, kind)(root, train=train, download=download)
     images = torch.as_tensor(split.data)  # (n, H, W) or (n, H, W, C)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -212,6 +215,9 @@ def load_tiny_imagenet(config: DatasetConfig) -> tuple[Images, Images]:
 
 def load_imagenet(config: DatasetConfig) -> tuple[Images, Images]:
     """Return ImageNet-1K; ``train`` and ``val`` contain one folder per class."""
+    # pylint: disable-next=import-outside-toplevel
+    from torchvision import datasets as torchvision_datasets
+
     root = Path(config.root) / "imagenet"
     splits = []
     for name in ("train", "val"):

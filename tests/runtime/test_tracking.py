@@ -67,7 +67,7 @@ def test_tensorboard_reads_the_rows_of_a_resumed_run_once(tmp_path: Path) -> Non
 def test_rows_are_seen_before_the_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[int] = []
 
     def stop(_: Any, round_: int, step: int, steps: int, loss: float) -> None:
         if round_ == 2:
