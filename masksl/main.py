@@ -28,10 +28,13 @@ from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, read
 
 GRACE = 2.0  # seconds between an interrupt and the end of the process
+STOP_TIMEOUT = 8.0  # seconds for an engine to stop after an interrupt
 CLIENT_APP = "masksl.client_app:app"
 ERRORS = (CheckpointError, ConfigError, DatasetError, EngineError, RunError)
 
 logger = logging.getLogger(__name__)
+_interrupted = threading.Event()
+_ending = threading.Lock()
 
 
 def settings_of(composed: DictConfig) -> Settings:
@@ -121,14 +124,19 @@ def main(composed: DictConfig) -> None:
             logger.warning(line)
         run(settings, Path(HydraConfig.get().runtime.output_dir))
     except ERRORS as error:
+        if _interrupted.is_set():  # an engine can fail because of the interrupt
+            _end()
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         _end()
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """Raise KeyboardInterrupt; end the process if a library suppresses it."""
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt once; end the process if a library suppresses it."""
+    if _interrupted.is_set():
+        return  # the engine is being stopped
+    _interrupted.set()
     guard = threading.Timer(GRACE, _end)
     guard.daemon = True
     guard.start()
@@ -136,6 +144,9 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _end() -> NoReturn:
+    """Stop the engine and end, in the first thread that comes here."""
+    if not _ending.acquire(timeout=STOP_TIMEOUT):
+        _leave(130)  # the other thread hangs
     print("masksl: interrupted", file=sys.stderr)
     engine.stop()
     _leave(130)

@@ -93,22 +93,26 @@ def _simulate(
     warnings.simplefilter("ignore")
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     try:
-        # pylint: disable-next=import-outside-toplevel
+        # Loaded here, because they load Ray, which the parent does without.
+        # pylint: disable=import-outside-toplevel
         from flwr.simulation import run_simulation
 
+        from masksl.engine.ray_access import closed
+
+        # pylint: enable=import-outside-toplevel
         resources: dict[str, Any] = {
             "num_cpus": options.cpus_per_client,
             "num_gpus": options.gpus_per_client,
         }
-        run_simulation(
-            server_app=build(),
-            client_app=import_attribute(client_app),
-            num_supernodes=clients,
-            backend_config={
-                "client_resources": resources,
-                "init_args": {"log_to_driver": False, "logging_level": "ERROR"},
-            },
-        )
+        # Without an address Ray would join a cluster that it finds on this machine.
+        ray = {"address": "local", "log_to_driver": False, "logging_level": "ERROR"}
+        with closed():
+            run_simulation(
+                server_app=build(),
+                client_app=import_attribute(client_app),
+                num_supernodes=clients,
+                backend_config={"client_resources": resources, "init_args": ray},
+            )
         outcome.send((None, ""))
     except Exception as error:  # pylint: disable=broad-exception-caught
         trace = traceback.format_exc()

@@ -1,14 +1,10 @@
 """The same configuration gives the same run on every engine."""
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
 from masksl import compress, engine, main, server_app
@@ -17,7 +13,8 @@ from masksl.methods.split import client as split
 from masksl.runtime import messages, results
 from masksl.runtime.messages import RunError
 from masksl.settings import Settings
-from tests.conftest import ROOT, processes, settings_of, untimed
+from tests.conftest import settings_of, untimed
+from tests.engine.ray_runs import left_behind, program, ray_folder
 
 FORWARD, BACKWARD = "train.forward", "train.backward"
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
@@ -27,12 +24,6 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """Run on the engine of the settings; return the rows without timed columns."""
     main.run(settings, folder)
     return untimed(results.read_rows(folder))
-
-
-@pytest.fixture
-def no_ray() -> None:
-    """Shut down the Ray of this process, so that only processes of the test remain."""
-    ray.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -193,9 +184,14 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
     )
 
 
-def test_a_simulation_leaves_no_process(no_ray: None, tmp_path: Path) -> None:
-    run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
-    assert left_behind() == []
+def test_a_simulation_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ray_folder() as folder:
+        monkeypatch.setenv("RAY_TMPDIR", str(folder))
+        run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
+        assert list(folder.glob("**/logs/raylet.out"))
+        assert left_behind(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -206,44 +202,14 @@ def test_a_simulation_leaves_no_process(no_ray: None, tmp_path: Path) -> None:
         ("flower", signal.SIGTERM),
     ],
 )
-def test_an_ended_run_leaves_no_process(
-    name: str, end: signal.Signals, no_ray: None, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "masksl.main", "rounds=500", f"engine={name}"]
-    output = tmp_path / "output"
-    with open(output, "w", encoding="utf-8") as file:
-        folder = f"hydra.run.dir={tmp_path}/run"
-        parent = subprocess.Popen(
-            [*command, folder],
-            stdout=file,
-            stderr=file,
-            cwd=ROOT,
-            # A shell's "&" may ignore SIGINT.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while "round 1/500" not in output.read_text() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        parent.send_signal(end)
-        assert parent.wait(5) == (130 if end == signal.SIGINT else -signal.SIGTERM)
-    finally:
-        parent.kill()
-    assert left_behind() == []
-    assert "Traceback" not in output.read_text()
-
-
-def left_behind() -> list[str]:
-    """Return Ray's daemons and actors that are still running after 15 seconds."""
-    deadline = time.monotonic() + 15
-    while (left := simulation_processes()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return left
-
-
-def simulation_processes() -> list[str]:
-    """Return the command lines of Ray's running daemons and actors."""
-    return processes("raylet", "ray::", "gcs_server")
+def test_an_ended_run_leaves_no_process(name: str, end: signal.Signals) -> None:
+    with program("rounds=500", f"engine={name}") as running:
+        running.wait_for("round 1/500")
+        running.process.send_signal(end)
+        status = 130 if end == signal.SIGINT else -signal.SIGTERM
+        assert running.process.wait(5) == status
+        assert left_behind(running.folder) == []
+        assert "Traceback" not in running.output
 
 
 def test_unknown_engines_are_refused() -> None:

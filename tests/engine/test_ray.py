@@ -13,11 +13,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from masksl import config, main
-from masksl.engine import EngineError, Shared, packing, ray_session
+from masksl.engine import EngineError, Shared, packing, ray_access, ray_session
 from masksl.engine.options import RayOptions
 from masksl.engine.ray import RayGrid, host_specs
 from masksl.runtime import results
-from tests.conftest import ROOT, processes, settings_of, train, untimed
+from tests.conftest import ROOT, settings_of, train, untimed
+from tests.engine.ray_runs import left_behind, ray_folder
 
 SMALL = ("rounds=2", "clients=5", "dataset.limit=230", "dataset.test_limit=60")
 
@@ -26,7 +27,7 @@ SMALL = ("rounds=2", "clients=5", "dataset.limit=230", "dataset.test_limit=60")
 def end_ray() -> Iterator[None]:
     """Shut Ray down after the tests of this module."""
     yield
-    ray.shutdown()
+    ray_session.stop()
 
 
 def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -136,9 +137,12 @@ def test_threads_beyond_the_cores_are_named() -> None:
     assert config.warnings(settings_of("engine=ray", "engine.hosts=1")) == []
 
 
-def test_two_machines(tmp_path: Path) -> None:
+def test_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run on a cluster of two nodes with pinned partitions and a data root each."""
-    ray.shutdown()
+    ray_session.stop()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the cluster")
+    ray_access.reread()
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "resources": {"alice": 1}},
@@ -157,11 +161,13 @@ def test_two_machines(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     finally:
         cluster.shutdown()
+        monkeypatch.undo()
+        ray_access.reread()
     assert untimed(results.read_rows(tmp_path / "run")) == untimed(train(*SMALL).rows)
 
 
 def test_a_missing_cluster_is_named(tmp_path: Path) -> None:
-    ray.shutdown()
+    ray_session.stop()
     with pytest.raises(EngineError, match="engine.address='127.0.0.1:9': no Ray there"):
         run(tmp_path, *SMALL, "engine.address='127.0.0.1:9'")
 
@@ -214,16 +220,18 @@ for number in range(1, int(sys.argv[2]) + 1):
 
 @pytest.mark.slow
 def test_twenty_runs_leak_nothing(tmp_path: Path) -> None:
-    ray.shutdown()
-    done = subprocess.run(
-        [sys.executable, "-c", TWENTY_RUNS, str(tmp_path), "20"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    ray_session.stop()
+    with ray_folder() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", TWENTY_RUNS, str(tmp_path), "20"],
+            cwd=ROOT,
+            env=os.environ | {"RAY_TMPDIR": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=500,
+        )
+        assert left_behind(folder) == []
     lines = [ln.split(" ", 2) for ln in done.stdout.splitlines() if ln[:3] == "RUN"]
     assert [line[1] for line in lines] == ["2", "20"], done.stderr
     assert lines[0][2] == lines[1][2]
-    assert processes("raylet", "ray::", "gcs_server") == []
