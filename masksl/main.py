@@ -24,13 +24,17 @@ from masksl.engine import EngineError, Shared
 from masksl.engine.options import ENGINES
 from masksl.runtime.checkpoint import CheckpointError
 from masksl.runtime.compressors import compressor_of
+from masksl.runtime.folder import FolderError, discard, locked
 from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, read
 
 GRACE = 2.0  # seconds between an interrupt and the end of the process
 STOP_TIMEOUT = 8.0  # seconds for an engine to stop after an interrupt
 CLIENT_APP = "masksl.client_app:app"
-ERRORS = (CheckpointError, ConfigError, DatasetError, EngineError, RunError)
+ERRORS = (
+    *(CheckpointError, ConfigError, DatasetError, EngineError, FolderError),
+    RunError,
+)
 
 logger = logging.getLogger(__name__)
 _interrupted = threading.Event()
@@ -73,8 +77,14 @@ def run(settings: Settings, folder: Path) -> None:
     settings : Settings
         What `settings_of` returned.
     folder : Path
-        Run folder.
+        Run folder; no other run uses it meanwhile.
     """
+    with locked(folder):
+        _run(settings, folder)
+
+
+def _run(settings: Settings, folder: Path) -> None:
+    """Run checked settings in a folder that this process holds."""
     if server_app.is_finished(settings, folder):
         logger.info("%s: finished before, and not repeated", folder)
         return
@@ -127,6 +137,7 @@ def main(composed: DictConfig) -> None:
         if _interrupted.is_set():  # an engine can fail because of the interrupt
             _end()
         print(f"masksl: {error}", file=sys.stderr)
+        discard(Path(HydraConfig.get().runtime.output_dir))
         sys.exit(1)
     except KeyboardInterrupt:
         _end()

@@ -21,14 +21,15 @@ from masksl.runtime import checkpoint
 from masksl.runtime.checkpoint import CheckpointError
 from masksl.runtime.clients import ClientManager
 from masksl.runtime.console import ProgressBar, print_summary
+from masksl.runtime.folder import FolderError, discard, locked
 from masksl.runtime.ledger import Ledger, Link
 from masksl.runtime.messages import RunError
 from masksl.runtime.results import (
+    CONFIG,
     METRICS,
     SUMMARY,
     RunFolder,
-    read_config,
-    read_summary,
+    read_result,
 )
 from masksl.runtime.tracking import Tracker, tracker_of
 from masksl.settings import (
@@ -55,12 +56,15 @@ def main(grid: Grid, context: Context) -> None:
 
     It holds what would be typed after ``python -m masksl.main``.
     """
-    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
+    folder = Path("outputs") / stamp
     try:
         overrides = config.split_overrides(context.run_config)
         settings = config.compose([FLWR_RUN, *overrides])
-        run(grid, settings, Path("outputs") / stamp)
-    except (CheckpointError, ConfigError, RunError) as error:
+        with locked(folder):
+            run(grid, settings, folder)
+    except (CheckpointError, ConfigError, FolderError, RunError) as error:
+        discard(folder)
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -162,10 +166,12 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
     settings : Settings
         Checked configuration of the run.
     folder : Path
-        Run folder.
+        Run folder; the caller holds it, see `masksl.runtime.folder.locked`.
 
     Raises
     ------
+    FolderError
+        If a file of the run folder cannot be written.
     RunError
         If clients are missing or fail; the text is one line.
     ConfigError, CheckpointError
@@ -235,6 +241,8 @@ def saved_state(settings: Settings, folder: Path) -> State | None:
 def is_finished(settings: Settings, folder: Path) -> bool:
     """Return whether the run in a folder is finished and must not be repeated.
 
+    A run one of whose files is damaged is not: it goes on from its checkpoint.
+
     Raises
     ------
     ConfigError
@@ -242,13 +250,38 @@ def is_finished(settings: Settings, folder: Path) -> bool:
     """
     if settings["resume"] != AUTO or not (folder / SUMMARY).exists():
         return False
-    done = int(read_summary(folder)["rounds"])
-    config.check_resume(settings, read_config(folder), done)
+    try:
+        result = read_result(folder)
+    except FolderError as error:
+        logger.warning("%s; the run is not taken as finished", error)
+        return False
+    done = int(result.summary["rounds"])
+    try:
+        config.check_resume(settings, result.settings, done)
+    except ConfigError:
+        if not _is_of(settings, folder):
+            raise
+        file = folder / CONFIG
+        logger.warning("%s: not that of its checkpoint, from which it goes on", file)
+        return False
     return done >= int(settings["rounds"])
 
 
+def _is_of(settings: Settings, folder: Path) -> bool:
+    """Return whether the checkpoint in a folder is one of this configuration.
+
+    It says so reliably, because it has a checksum.
+    """
+    try:
+        facts = checkpoint.read_facts(folder)
+        config.check_resume(settings, facts["settings"], facts["round"])
+    except (CheckpointError, ConfigError):
+        return False
+    return True
+
+
 def _is_run_folder(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() or (folder / "hydra").is_dir()
+    return (folder / CONFIG).exists() or (folder / "hydra").is_dir()
 
 
 def make_strategy(settings: Settings, observer: Observer) -> RoundStrategy:

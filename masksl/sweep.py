@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from masksl import main, server_app
 from masksl.config import ConfigError
 from masksl.runtime import results
+from masksl.runtime.folder import FolderError, discard, writing
 
 POLL = 0.2  # seconds between two checks of the processes
 EXIT_TIMEOUT = 15.0  # seconds for an interrupted run to exit
@@ -87,7 +88,10 @@ class Job:
 
     def last_line(self) -> str:
         """Return the last line of the output."""
-        text = (self.folder / OUTPUT).read_text("utf-8", errors="replace")
+        try:
+            text = (self.folder / OUTPUT).read_text("utf-8", errors="replace")
+        except OSError as error:
+            return f"{self.folder / OUTPUT}: cannot be read: {error.strerror}"
         return (text.strip().splitlines() or ["no output"])[-1]
 
 
@@ -108,20 +112,33 @@ class _Sweep:
         threads = max(1, (os.cpu_count() or 1) // at_a_time)
         while self.waiting and len(self.running) < at_a_time:
             job = self.waiting.pop(0)
-            self.running[job.start(self.lock, threads)] = job, time.monotonic()
+            try:
+                process = job.start(self.lock, threads)
+            except OSError as error:
+                self._fail(job, f"{job.folder}: cannot be written: {error.strerror}")
+                continue
+            self.running[process] = job, time.monotonic()
 
     def reap(self) -> None:
         """Log the runs that have ended and remove them from the running ones."""
         for process in [p for p in self.running if p.poll() is not None]:
             job, began = self.running.pop(process)
             if process.returncode:
-                self.failed.append(job)
-                logger.error("%s: failed: %s", job.name, job.last_line())
+                self._fail(job, job.last_line())
+                continue
+            try:
+                top1 = results.read_result(job.folder).summary["top1"]
+            except FolderError as error:
+                self._fail(job, str(error))
                 continue
             self.done += 1
-            top1 = results.read_summary(job.folder)["top1"]
             seconds = time.monotonic() - began
             logger.info("%s: top-1 %.2f %%, %.0f s", job.name, 100 * top1, seconds)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        """Log a run that has failed."""
+        self.failed.append(job)
+        logger.error("%s: failed: %s", job.name, reason)
 
     def interrupt(self) -> None:
         """Interrupt the running runs, and kill those that do not exit in time."""
@@ -171,6 +188,7 @@ def run(
             _work(sweep, at_a_time, deadline)
     except main.ERRORS as error:
         print(f"masksl: {error}", file=sys.stderr)
+        discard(folder)
         sys.exit(1)
     except KeyboardInterrupt:
         print("masksl: interrupted", file=sys.stderr)
@@ -225,8 +243,10 @@ def _locked(folder: Path) -> Iterator[int]:
     The runs inherit the descriptor. The lock is released when this process and all its
     runs have ended, so that two processes never use the same run folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "wb") as file:
+    with writing(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "wb")  # pylint: disable=consider-using-with
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

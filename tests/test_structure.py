@@ -46,8 +46,8 @@ IMPORTS: dict[str, set[str]] = {
         *("config", "dataset", "engine", "engine.options", "runtime", "server_app"),
         "settings",
     },
-    "sweep": {"config", "main", "runtime.results", "server_app"},
-    "report": {"report", "runtime.results"},
+    "sweep": {"config", "main", "runtime.folder", "runtime.results", "server_app"},
+    "report": {"report", "runtime.folder", "runtime.results"},
 }
 """Rooms by room that a module of it may import; `bench` may import anything."""
 

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from masksl.report.figure3 import figure3
 from masksl.report.table1 import table1
 from masksl.runtime import results
+from masksl.runtime.folder import locked
 from masksl.sweep import Job, run
 from tests.conftest import ROOT, processes
 
@@ -134,6 +135,43 @@ def test_a_failed_run_does_not_stop_the_others(
     assert done.returncode == 1
     assert "1 runs failed: medium/ms_context/seed=1" in done.stderr
     assert "state.json: cut short or altered" in done.stdout
+    assert len(finished(folder)) == RUNS - 1
+
+
+def test_damaged_runs_go_on_from_their_checkpoints(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """One is damaged in its summary, one in its rows, one in its configuration."""
+    folder = tmp_path / "sweep"
+    shutil.copytree(undisturbed, folder)
+    first, second, third = (path.parent for path in finished(folder))
+    (first / results.SUMMARY).write_text("[]\n")
+    rows = (second / results.METRICS).read_text()
+    (second / results.METRICS).write_text(rows[:-40])
+    (third / results.CONFIG).write_text("")
+    done = sweep(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{RUNS} runs, 0 of them finished before" in done.stdout
+    for path in (first / results.SUMMARY, third / results.CONFIG):
+        assert f"{path}: damaged or cut short" in done.stdout
+    assert f"{second / results.METRICS}, line 6: damaged or cut" in done.stdout
+    assert (second / results.METRICS).read_text() == rows  # not trained again: times
+    assert table1(folder) == table1(undisturbed)
+
+
+def test_a_run_whose_folder_is_in_use_does_not_stop_the_others(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(undisturbed, folder)
+    for path in finished(folder)[:2]:
+        path.unlink()
+    used = folder / "medium/ms_context/seed=1"
+    with locked(used):
+        done = sweep(folder)
+    assert done.returncode == 1
+    assert "1 runs failed: medium/ms_context/seed=1" in done.stderr
+    assert "another run is using this run folder" in done.stdout
     assert len(finished(folder)) == RUNS - 1
 
 

@@ -1,7 +1,7 @@
 """Command line: ``python -m masksl.report NAME FOLDER``.
 
 Tables are written as Markdown and CSV, figures as PNG, into the folder or the one of
---into.
+--into. ``plot`` draws any two columns of the rows of the runs, --y over --x.
 """
 
 import argparse
@@ -11,9 +11,11 @@ from pathlib import Path
 from masksl.report.fedavg import fedavg
 from masksl.report.figure2 import figure2
 from masksl.report.figure3 import figure3
+from masksl.report.plot import plot
 from masksl.report.runs import runs
 from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
+from masksl.runtime.folder import FolderError, write_whole
 from masksl.runtime.results import collect
 
 REPORTS = {
@@ -23,6 +25,7 @@ REPORTS = {
     "figure3": figure3,
     "fedavg": fedavg,
 }
+PLOT = "plot"
 
 
 def main() -> None:
@@ -30,21 +33,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m masksl.report", description=__doc__
     )
-    parser.add_argument("report", choices=REPORTS)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("report", choices=[*REPORTS, PLOT])
+    parser.add_argument("folder", type=Path, help="holds run folders, at any depth")
     parser.add_argument(
-        "--into", type=Path, help="folder that finished runs are copied to beforehand"
+        "--into",
+        type=Path,
+        help="folder that finished runs are copied to beforehand; of plot: the image "
+        "file, or its folder",
     )
+    parser.add_argument("--x", metavar="COLUMN", help="of plot: what to draw over")
+    parser.add_argument("--y", metavar="COLUMN", help="of plot: what to draw")
     arguments = parser.parse_args()
     try:
-        folder = _results_folder(arguments.folder, arguments.into)
-        texts = REPORTS[arguments.report](folder)
-    except ReportError as error:
+        _report(arguments)
+    except (FolderError, ReportError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        if name.endswith(".md"):
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Write a report and print its tables, or the names of the files of a plot."""
+    name, x, y = arguments.report, arguments.x, arguments.y
+    if not arguments.folder.is_dir():
+        raise ReportError(f"folder={str(arguments.folder)!r}: not a folder")
+    if name == PLOT:
+        for line in plot(arguments.folder, x, y, arguments.into):
+            print(line)
+        return
+    if (x, y) != (None, None):
+        raise ReportError(f"--x, --y: of {PLOT} alone, not of {name}")
+    folder = _results_folder(arguments.folder, arguments.into)
+    for file, text in REPORTS[name](folder).items():
+        write_whole(folder / file, text)
+        if file.endswith(".md"):
             print(text, end="")
 
 
@@ -54,10 +75,8 @@ def _results_folder(folder: Path, into: Path | None) -> Path:
     Raises
     ------
     ReportError
-        If the folder does not exist, or the other one lies in it.
+        If the other one lies in it.
     """
-    if not folder.is_dir():
-        raise ReportError(f"folder={str(folder)!r}: not a folder")
     if into is None:
         return folder
     if folder.resolve() in (into.resolve(), *into.resolve().parents):

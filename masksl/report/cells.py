@@ -131,8 +131,7 @@ def read_cells(folder: Path) -> Cells:
         one compressor differ in more than their seed, or runs of two compressors
         differ in more than the compression.
     """
-    paths = sorted(folder.glob(f"**/{results.SUMMARY}"))
-    runs = [read_run(path.parent) for path in paths]
+    runs = [read_run(path) for path in results.finished_runs(folder)]
     if not runs:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     baselines: dict[Task, dict[str, list[Run]]] = defaultdict(dict)
@@ -196,14 +195,16 @@ def read_run(folder: Path) -> Run:
     ReportError
         If its configuration or its summary lacks a key that the tables need. The runs
         of a method without a cut do.
+    FolderError
+        If one of its files is damaged.
     """
-    settings, summary = results.read_config(folder), results.read_summary(folder)
+    result = results.read_result(folder)
+    settings, summary, rows = result.settings, result.summary, result.rows
     method = settings.get("method.name", SPLIT)
     for file, values in ((results.CONFIG, settings), (results.SUMMARY, summary)):
         for key in _NEEDED[file]:
             if values.get(key) is None:
                 raise ReportError(f"{folder / file}: no {key}, method={method}")
-    rows = results.read_rows(folder)
     name, stage = settings["compressor.name"], settings.get("compressor.lossless", NONE)
     labels = _label_bytes(summary["bytes"])
     activations = float(summary["paper_bytes"])

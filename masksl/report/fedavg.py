@@ -118,12 +118,8 @@ def fedavg(folder: Path) -> dict[str, str]:
 
 def _read(folder: Path) -> _Lines:
     """Return the runs by place and compressor, in the order of the table."""
-    paths = [path.parent for path in sorted(folder.glob(f"**/{results.SUMMARY}"))]
-    runs = [
-        _read_run(path)
-        for path in paths
-        if results.read_summary(path)["method"] == METHOD
-    ]
+    found = [results.read_result(path) for path in results.finished_runs(folder)]
+    runs = [_run_of(result) for result in found if result.summary["method"] == METHOD]
     if not runs:
         raise ReportError(f"no {results.SUMMARY} of method={METHOD} below {folder}")
     lines: dict[_Place, dict[str, list[_Run]]] = defaultdict(lambda: defaultdict(list))
@@ -140,11 +136,11 @@ def _read(folder: Path) -> _Lines:
     return lines
 
 
-def _read_run(folder: Path) -> _Run:
-    settings = results.read_config(folder)
+def _run_of(result: results.Result) -> _Run:
+    settings = result.settings
     for key in _NEEDED:
         if settings.get(key) is None:
-            raise ReportError(f"{folder / results.CONFIG}: no {key}")
+            raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
     partition = str(settings["dataset.partition"])
     if partition == "dirichlet":
         partition += f" {settings['dataset.alpha']:g}"
@@ -157,7 +153,7 @@ def _read_run(folder: Path) -> _Run:
         place=_Place(task, partition),
         compressor=name if down == NONE else f"{name}, down {display_name(down)}",
         seed=settings["seed"],
-        rows=results.read_rows(folder),
+        rows=result.rows,
         settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from masksl.report.tables import ReportError, comma_separated, markdown
+from masksl.runtime.folder import write_whole
+from masksl.runtime.results import image_of
 
 Row = Mapping[str, Any]
 
@@ -20,6 +22,12 @@ _NAMES = {
     "qq": "QQ",
     "fp": "FP",
     "ec": "EC",
+}
+
+# Keys of the description of a network, and of each of its measurements.
+_NETWORK = {"model", "dataset", "images"}
+_MEASUREMENT = {
+    *("cut", "shape", "compressor", "options", "budget", "bits", "error", "norm"),
 }
 
 _PAPER_BITS = range(3, 9)
@@ -57,13 +65,32 @@ def read_measurements(folder: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ReportError
-        If there is no such file.
+        If there is no such file, or a JSON file is damaged.
     """
-    files = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))]
+    files = [_read(path) for path in sorted(folder.glob("*.json"))]
     measured = [content for content in files if "network" in content]
     if not measured:
         raise ReportError(f"no measurements of python -m masksl.bench in {folder}")
     return measured
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON file, whose measurements are complete if it is one of them."""
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("no keys")
+        if "network" in content:
+            network = content["network"]
+            missing = _NETWORK - network.keys()
+            for row in content["rows"]:
+                missing |= _MEASUREMENT - row.keys()
+            if missing or not content["rows"]:
+                raise ValueError(f"no {', '.join(sorted(missing or {'rows'}))}")
+        return content
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ReportError(f"{path}: damaged or cut short ({reason})") from error
 
 
 def figure2(folder: Path) -> dict[str, str]:
@@ -214,4 +241,4 @@ def draw_figure2(measured: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("measured bits an element")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(_NAMES))
-    figure.savefig(path, dpi=110)
+    write_whole(path, image_of(figure, dpi=110))

@@ -18,6 +18,8 @@ from masksl.report.cells import (
     read_cells,
 )
 from masksl.report.tables import comma_separated, spread
+from masksl.runtime.folder import write_whole
+from masksl.runtime.results import image_of
 
 Point = tuple[float, float, float]  # rounds, mean over seeds, standard deviation
 
@@ -91,7 +93,7 @@ def draw_figure3(cells: Cells, path: Path) -> None:
         for compressor, color in colors.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=110)
+    write_whole(path, image_of(figure, dpi=110))
 
 
 def _draw(axes: Axes, points: Sequence[Point], color: str) -> None:

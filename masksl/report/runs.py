@@ -123,14 +123,20 @@ def runs(folder: Path) -> dict[str, str]:
 def _summaries(folder: Path) -> dict[str, list[Summary]]:
     """Return the summaries of the finished runs below a folder, by setting."""
     settings: dict[str, list[Summary]] = {}
-    for path in sorted(folder.glob(f"**/{results.SUMMARY}")):
-        run = path.parent
+    for run in results.finished_runs(folder):
         place = run.parent if run.name.startswith("seed=") else run
         setting = place.relative_to(folder).as_posix()
-        settings.setdefault(setting, []).append(results.read_summary(run))
+        settings.setdefault(setting, []).append(_read(run))
     if not settings:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     return settings
+
+
+def _read(run: Path) -> Summary:
+    """Return the summary of a run, checked by its other files unless it lies alone."""
+    if not any((run / name).exists() for name in (results.CONFIG, results.METRICS)):
+        return results.read_summary(run)
+    return results.read_result(run).summary
 
 
 def _method(summary: Summary) -> str:

@@ -6,7 +6,6 @@ SHA-256. It is replaced last, so that at any moment it names a complete file.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from masksl.runtime.folder import (
+    FolderError,
+    removed_on_error,
+    settle,
+    write_whole,
+    writing,
+)
 
 FOLDER = "checkpoint"
 STATE = "state.json"
@@ -37,22 +44,36 @@ def write(
         Tensors by name.
     facts : Mapping[str, Any]
         JSON facts; ``round``, the number of completed rounds, is required.
+
+    Raises
+    ------
+    FolderError
+        If it cannot be written; the checkpoint before it stays valid.
     """
     inside = folder / FOLDER
-    inside.mkdir(parents=True, exist_ok=True)
     name = f"round-{facts['round']:04d}.safetensors"
-    part = inside / f"{name}.part"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, part)
-    digest = _digest(part)
-    _rename(part, inside / name)
+    path, part = inside / name, inside / f"{name}.part"
+    with writing(path), removed_on_error(part):
+        inside.mkdir(parents=True, exist_ok=True)
+        _save(tensors, part, path)
+        digest = _digest(part)
+        settle(part, path)
     body = {"format": FORMAT, "file": name, "sha256": digest, "facts": facts}
-    part = inside / f"{STATE}.part"
     text = json.dumps(body | {"check": _check(body)}, allow_nan=False)
-    part.write_text(text + "\n", encoding="utf-8")
-    _rename(part, inside / STATE)
-    for path in inside.glob("*.safetensors*"):
-        if path.name != name:
-            path.unlink()
+    write_whole(inside / STATE, text + "\n")
+    with writing(inside):
+        for other in inside.glob("*.safetensors*"):
+            if other.name != name:
+                other.unlink()
+
+
+def _save(tensors: Mapping[str, torch.Tensor], part: Path, path: Path) -> None:
+    """Write tensors to a file that is to become another."""
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise FolderError(f"{path}: cannot be written: {reason}") from error
 
 
 def exists(folder: Path) -> bool:
@@ -87,6 +108,11 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the facts of a checkpoint; `CheckpointError` if its state is broken."""
+    return _read_state(folder / FOLDER / STATE)["facts"]
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -113,10 +139,3 @@ def _check(body: Mapping[str, Any]) -> str:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rename(part: Path, path: Path) -> None:
-    """Rename a file once it is on the disk."""
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)

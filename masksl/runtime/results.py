@@ -1,13 +1,21 @@
 """The run folder: writing results, and reading them back."""
 
+import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from masksl.runtime.folder import FolderError, make, write_whole, writing
+
+if TYPE_CHECKING:  # imported where figures are drawn: it takes a second
+    from matplotlib.figure import Figure
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -16,6 +24,10 @@ EVENTS = "events.jsonl"
 CURVES = "curves.png"
 _PATHS = ("dataset.root", "resume")
 _FIRST_METHOD = "split"  # method of runs from the time when there was no other
+# What every finished run has, by the file that holds it.
+_SETTINGS = ("dataset.name", "model.name", "clients", "seed", "compressor.name")
+_TOTALS = ("rounds", "top1", "bytes_total")
+_COLUMNS = ("round", "loss", "top1", "steps", "checks", "bytes")
 
 
 class RunFolder:
@@ -29,14 +41,14 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        (path / METRICS).unlink(missing_ok=True)
-        (path / SUMMARY).unlink(missing_ok=True)
-        (path / EVENTS).unlink(missing_ok=True)
+        make(path)
+        for name in (METRICS, SUMMARY, EVENTS):
+            with writing(path / name):
+                (path / name).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML."""
-        _write(self.path / CONFIG, text)
+        write_whole(self.path / CONFIG, text)
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Append the metrics of a round."""
@@ -47,29 +59,138 @@ class RunFolder:
         _append(self.path / EVENTS, event)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary and the curves."""
+        """Write the curves and then the summary, with which the run is finished."""
         draw_curves(read_rows(self.path), self.path / CURVES)
-        _write(
-            self.path / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(summary, indent=2, allow_nan=False)
+        write_whole(self.path / SUMMARY, text + "\n")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has left in its folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    settings : Mapping[str, Any]
+        Its configuration, flat.
+    rows : Sequence[Mapping[str, Any]]
+        Metrics of its rounds.
+    summary : Mapping[str, Any]
+        Its summary.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Return the folders of the finished runs below a folder, sorted."""
+    return [path.parent for path in sorted(folder.glob(f"**/{SUMMARY}"))]
+
+
+def read_result(path: Path) -> Result:
+    """Return what a finished run has left, after comparing its files.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder with a summary.
+
+    Raises
+    ------
+    FolderError
+        If a file is missing, damaged or cut short, or lacks what all runs have.
+    """
+    summary, rows, settings = read_summary(path), read_rows(path), read_config(path)
+    _check_keys(path / CONFIG, settings, _SETTINGS)
+    for number, row in enumerate(rows, 1):
+        _check_keys(path / METRICS, row, _COLUMNS, f", line {number}")
+        if row["round"] != number:
+            text = f"line {number} is of round {row['round']}"
+            raise FolderError(f"{path / METRICS}: {text}: rows are missing or mixed")
+    if len(rows) != summary["rounds"]:
+        raise FolderError(
+            f"{path / METRICS}: {len(rows)} rows, {summary['rounds']} by {SUMMARY}: "
+            "cut short or mixed"
         )
+    return Result(path, settings, rows, summary)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the configuration of a run folder, flat."""
-    config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    return {"method.name": _FIRST_METHOD} | config
+    """Return the configuration of a run folder, flat.
+
+    Raises
+    ------
+    FolderError
+        If it is missing, damaged or cut short; likewise `read_rows`, `read_summary`.
+    """
+    file = path / CONFIG
+    text = _read(file)
+    if not text.endswith("\n"):
+        raise _damaged(file, "its last line has no end")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _damaged(file, error) from error
+    return {"method.name": _FIRST_METHOD} | _mapping(file, config)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a run folder, one a round."""
-    lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    file = path / METRICS
+    return [
+        _parse(file, line, f", line {number}")
+        for number, line in enumerate(_read(file).splitlines(), 1)
+    ]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the summary of a run folder."""
-    summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    file = path / SUMMARY
+    summary = _parse(file, _read(file))
+    _check_keys(file, summary, _TOTALS)
     return {"method": _FIRST_METHOD} | summary
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FolderError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _damaged(file, error) from error
+    return text
+
+
+def _parse(file: Path, text: str, place: str = "") -> dict[str, Any]:
+    """Return the JSON object of a file or of a line of it."""
+    try:
+        return _mapping(file, json.loads(text), place)
+    except ValueError as error:
+        raise _damaged(file, error, place) from error
+
+
+def _mapping(file: Path, value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _damaged(file, f"no keys but {value!r:.40}", place)
+    return value
+
+
+def _damaged(file: Path, reason: object, place: str = "") -> FolderError:
+    text = " ".join(str(reason).split())
+    return FolderError(f"{file}{place}: damaged or cut short ({text})")
+
+
+def _check_keys(
+    file: Path, values: Mapping[str, Any], keys: Sequence[str], place: str = ""
+) -> None:
+    for key in keys:
+        if key not in values:
+            raise FolderError(f"{file}{place}: damaged or cut short (no {key})")
 
 
 def collect(folder: Path, into: Path) -> None:
@@ -82,16 +203,21 @@ def collect(folder: Path, into: Path) -> None:
     into : Path
         Receives the same folders, without checkpoints, curves, and paths of this
         machine. Its other files are kept. Not the folder itself, nor below it.
+
+    Raises
+    ------
+    FolderError
+        If a file is damaged or cannot be written. All are read before any is written.
     """
-    for summary in sorted(folder.glob(f"**/{SUMMARY}")):
-        run = into / summary.parent.relative_to(folder)
-        run.mkdir(parents=True, exist_ok=True)
-        text = (summary.parent / CONFIG).read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
+    found = [read_result(path) for path in finished_runs(folder)]
+    for result in found:
+        run = into / result.folder.relative_to(folder)
+        make(run)
+        settings = yaml.safe_load(_read(result.folder / CONFIG))
         kept = {key: settings[key] for key in settings if key not in _PATHS}
-        _write(run / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+        write_whole(run / CONFIG, yaml.safe_dump(kept, sort_keys=False))
         for name in (METRICS, SUMMARY):
-            _write(run / name, (summary.parent / name).read_text(encoding="utf-8"))
+            write_whole(run / name, _read(result.folder / name))
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -104,7 +230,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     path : Path
         PNG file to write.
     """
-    # pylint: disable-next=import-outside-toplevel
+    # pylint: disable-next=import-outside-toplevel,redefined-outer-name
     from matplotlib.figure import Figure
 
     rounds = [row["round"] for row in rows]
@@ -127,7 +253,14 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(xlabel=label, ylabel="test accuracy, %")
     for axes in (loss, accuracy, traffic):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_whole(path, image_of(figure))
+
+
+def image_of(figure: "Figure", form: str = "png", dpi: int = 120) -> bytes:
+    """Return a figure as the content of a file of a format."""
+    image = io.BytesIO()
+    figure.savefig(image, format=form, dpi=dpi)
+    return image.getvalue()
 
 
 def _number(value: float | None) -> float:
@@ -143,12 +276,15 @@ def total(nested: Mapping[str, Any] | int) -> int:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Append a row, whole or not at all, and wait until it is on the disk."""
+    left = memoryview(f"{json.dumps(row, allow_nan=False)}\n".encode())
+    with writing(path), open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise

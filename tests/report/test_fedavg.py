@@ -25,12 +25,14 @@ def synthetic(
     given |= {"model.name": "lenet", "dataset.partition": "iid", "dataset.alpha": 0.1}
     given |= {"compressor.name": "none", "model_compressor.name": "none"}
     run = results.RunFolder(folder)
-    run.write_config(json.dumps(given | settings))
+    run.write_config(json.dumps(given | settings) + "\n")
     for number, top1 in enumerate(tops, 1):
         ways = {"up": {"update": sent}, "down": {"model": sent}}
-        run.add_row({"round": number, "top1": top1, "bytes": {"training": ways}})
-    text = json.dumps({"method": (given | settings)["method.name"]})
-    (folder / results.SUMMARY).write_text(text)
+        row = {"round": number, "steps": 1, "checks": [], "loss": 1, "top1": top1}
+        run.add_row(row | {"bytes": {"training": ways}})
+    summary = {"method": (given | settings)["method.name"], "rounds": len(tops)}
+    summary |= {"top1": tops[-1], "bytes_total": 2 * sent * len(tops)}
+    (folder / results.SUMMARY).write_text(json.dumps(summary))
 
 
 def cells(folder: Path) -> dict[tuple[str, str], list[str]]:

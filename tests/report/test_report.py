@@ -228,12 +228,12 @@ def synthetic(folder: Path, tops: list[float], **settings: Any) -> None:
     given |= {"cut": "shallow", "compressor.name": "none", "seed": 1, "target": 0.5}
     sent = settings.pop("sent", 1000)
     run = results.RunFolder(folder)
-    run.write_config(json.dumps(given | settings))
+    run.write_config(json.dumps(given | settings) + "\n")
     for number, top1 in enumerate(tops, 1):
-        run.add_row(
-            {"round": number, "steps": 4, "checks": [], "loss": 1, "top1": top1}
-        )
+        row = {"round": number, "steps": 4, "checks": [], "loss": 1, "top1": top1}
+        run.add_row(row | {"bytes": {"training": {"up": {"activation": sent}}}})
     summary = {"bytes": {}, "paper_bytes": sent * len(tops), "top1": tops[-1]}
+    summary |= {"rounds": len(tops)}
     summary |= {"compression_factor": 1000 / sent, "factor_total": 1000 / sent}
     summary |= {"bytes_total": sent * len(tops)}
     (folder / results.SUMMARY).write_text(json.dumps(summary))
@@ -244,8 +244,9 @@ def other_method(folder: Path, **settings: Any) -> None:
     synthetic(folder, [0.4, 0.6], **{"method.name": "gossip"} | settings)
     config = results.read_config(folder)
     del config["cut"]
-    (folder / results.CONFIG).write_text(json.dumps(config))
+    (folder / results.CONFIG).write_text(json.dumps(config) + "\n")
     summary = {"method": "gossip", "top1": 0.6, "best_top1": 0.6, "bytes_total": 2e6}
+    summary |= {"rounds": 2}
     (folder / results.SUMMARY).write_text(json.dumps(summary | {"uploads": 7}))
 
 
@@ -289,7 +290,8 @@ def test_runs_without_what_a_table_needs_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ReportError, match=text):
             report(tmp_path)
     path = tmp_path / "gossip" / results.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": "deep"}))
+    settings = json.loads(path.read_text()) | {"cut": "deep"}
+    path.write_text(json.dumps(settings) + "\n")
     text = "gossip/summary.json: no bytes, method=gossip$"
     with pytest.raises(ReportError, match=text):
         read_run(path.parent)

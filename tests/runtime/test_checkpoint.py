@@ -182,9 +182,10 @@ def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
 
 
 def test_results_without_a_method_are_those_of_split(tmp_path: Path) -> None:
-    (tmp_path / results.SUMMARY).write_text('{"top1": 0.5}', encoding="utf-8")
+    summary = {"top1": 0.5, "rounds": 3, "bytes_total": 7}
+    (tmp_path / results.SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
     (tmp_path / results.CONFIG).write_text("rounds: 3\n", encoding="utf-8")
-    assert results.read_summary(tmp_path) == {"method": "split", "top1": 0.5}
+    assert results.read_summary(tmp_path) == {"method": "split"} | summary
     assert results.read_config(tmp_path) == {"method.name": "split", "rounds": 3}
 
 
