@@ -52,7 +52,7 @@ class ProcessLauncher(Launcher):
         """Run a sweep; see `masksl.sweep.run` for how it ends."""
         # Imported here: Hydra imports this module in every run.
         # pylint: disable-next=import-outside-toplevel
-        from masksl import sweep
+        from masksl import cli, sweep
 
         del initial_job_idx
         setup_globals()
@@ -71,7 +71,8 @@ class ProcessLauncher(Launcher):
             composed = OmegaConf.masked_copy(composed, keys)
             arguments = [*hydra_overrides, *overrides]
             jobs.append(sweep.Job(name, composed, arguments, folder / name))
-        sweep.run(jobs, folder, self._jobs, self._minutes)
+        with cli.in_one_line():
+            sweep.run(jobs, folder, self._jobs, self._minutes)
         return []
 
     def _chosen(self, sweep: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:

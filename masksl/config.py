@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from traceback import extract_tb, format_exception_only
 from typing import Any
 
 import torch
@@ -30,17 +31,19 @@ from masksl.settings import (
     Settings,
     ThreadsConfig,
     Value,
+    among,
     flatten,
     import_plugins,
     key_of,
     parse,
     read,
+    shortened,
 )
 from masksl.training.compute import ComputeConfig
 from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
+MOST = 2**63 - 1  # of whole numbers in Flower's records
 
 COMPRESSOR_GROUPS = ("compressor", "gradient_compressor", "model_compressor")
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -86,13 +89,14 @@ def compose(overrides: Sequence[str]) -> Settings:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from masksl import cli
+
     try:
         with initialize_config_dir(str(CONF), version_base=None):
             composed = hydra_compose("base", overrides=list(overrides))
         nested: Any = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"overrides={list(overrides)!r}: {line}") from error
+        raise ConfigError(cli.explain(error, overrides, CONF)) from error
     settings = flatten(nested)
     check(settings)
     return settings
@@ -134,6 +138,7 @@ def check(settings: Mapping[str, Value]) -> None:
         On the first key that is missing or has a value that is not allowed.
     """
     _check_plugins(settings)
+    _check_integers(settings)
     sections = {p: read(section, settings, p) for p, section in SECTIONS.items()}
     run, data = sections[""], sections["dataset"]
     assert isinstance(run, RunConfig) and isinstance(data, DatasetConfig)
@@ -233,10 +238,24 @@ def _check_plugins(settings: Mapping[str, Value]) -> None:
         raise ConfigError.of("plugins", plugins, str(field.description))
     try:
         import_plugins(settings)
-    except Exception as error:  # pylint: disable=broad-exception-caught
-        reason = " ".join(str(error).split())  # a plugin may raise anything
-        allowed = f"{field.description} ({reason})"
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
+        allowed = f"{field.description} ({_reason(error)})"
         raise ConfigError.of("plugins", list(plugins), allowed) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line what a plugin raised, and where if that is in a file."""
+    text = "".join(format_exception_only(error)).splitlines()[-1].strip()
+    place = extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}, line {place.lineno}: "
+    return shortened(text if "importlib" in place.filename else where + text, 300)
+
+
+def _check_integers(settings: Mapping[str, Value]) -> None:
+    """Refuse whole numbers that Flower's records cannot carry."""
+    for key, value in settings.items():
+        if isinstance(value, int) and not -MOST - 1 <= value <= MOST:
+            raise ConfigError.of(key, value, f"at most {MOST} and at least {-MOST - 1}")
 
 
 def _check_model(settings: Mapping[str, Value]) -> None:
@@ -255,7 +274,8 @@ def _check_model(settings: Mapping[str, Value]) -> None:
         try:
             model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            allowed = str(error).partition(": must be ")[2]
+            raise ConfigError.of("cut", settings["cut"], allowed) from error
 
 
 def _check_unused(
@@ -302,11 +322,11 @@ def _check_samples(run: RunConfig, data: DatasetConfig) -> None:
 
 def _check_keys(settings: Mapping[str, Value]) -> None:
     """Refuse keys that no section has."""
-    known = set(known_keys(settings))
+    known = dict.fromkeys(known_keys(settings))
     options = tuple(f"{slot}." for slot in COMPRESSOR_GROUPS)
     for key, value in settings.items():
         if key not in known and not key.startswith(options):
-            raise ConfigError(f"{key}={value!r}: is no key of conf/base.yaml")
+            raise ConfigError.of(key, value, among(key, known))
 
 
 # --- engines and devices --------------------------------------------------------------
@@ -354,7 +374,7 @@ def _check_device(key: str, name: str) -> None:
     """Refuse a CUDA device that is not here."""
     if name.startswith("cuda"):
         count = _cuda_devices()
-        if (torch.device(name).index or 0) >= count:
+        if int(name.partition(":")[2] or 0) >= count:  # torch.device has 8 bits
             allowed = f"auto or cpu: {count} CUDA devices are here"
             raise ConfigError.of(key, name, allowed)
 

@@ -4,20 +4,23 @@ python -m masksl.main [key=value ...] [--multirun]
 """
 
 import logging
-import os
-import signal
-import sys
-import threading
+import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from masksl import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # first: the imports below take seconds
+
+# pylint: disable=wrong-import-position
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from masksl import config, dataset, engine, server_app
+from masksl import cli, config, dataset, engine, server_app
 from masksl.config import ConfigError
 from masksl.dataset import DatasetConfig, DatasetError
 from masksl.engine import EngineError, Shared
@@ -28,8 +31,7 @@ from masksl.runtime.folder import FolderError, discard, locked
 from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, read
 
-GRACE = 2.0  # seconds between an interrupt and the end of the process
-STOP_TIMEOUT = 8.0  # seconds for an engine to stop after an interrupt
+GRACE = 2.0  # seconds between a signal and the end of a run
 CLIENT_APP = "masksl.client_app:app"
 ERRORS = (
     *(CheckpointError, ConfigError, DatasetError, EngineError, FolderError),
@@ -37,8 +39,6 @@ ERRORS = (
 )
 
 logger = logging.getLogger(__name__)
-_interrupted = threading.Event()
-_ending = threading.Lock()
 
 
 def settings_of(composed: DictConfig) -> Settings:
@@ -58,14 +58,16 @@ def settings_of(composed: DictConfig) -> Settings:
     try:
         nested: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(cli.explain(error, (), config.CONF)) from error
     settings = flatten(nested)
     config.check(settings)
     for key in ("dataset.root", "resume"):
         if settings[key] not in ("null", server_app.AUTO):
             settings[key] = str(Path(str(settings[key])).absolute())
     if not _is_pinned(settings):
-        dataset.partition(*division(settings))
+        with warnings.catch_warnings():  # of Dirichlet partitions that are drawn again
+            warnings.simplefilter("ignore")
+            dataset.partition(*division(settings))
     return settings
 
 
@@ -123,53 +125,31 @@ def _is_pinned(settings: Settings) -> bool:
     return settings.get("engine.pin", "null") not in ("null", "[]")
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="base")
+@hydra.main(version_base=None, config_path=str(config.CONF), config_name="base")
 def main(composed: DictConfig) -> None:
     """Train as configured; on bad input one line and exit status 1."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with cli.in_one_line(*ERRORS), signals.guarded(GRACE, engine.stop):
+        try:
+            settings = settings_of(composed)
+            for line in config.warnings(settings):
+                logger.warning(line)
+            run(settings, folder)
+        except ERRORS:
+            discard(folder)
+            raise
+
+
+def program() -> None:
+    """Run what the command line asks for; a signal ends it in one line."""
+    signals.unwind()
     try:
-        settings = settings_of(composed)
-        for line in config.warnings(settings):
-            logger.warning(line)
-        run(settings, Path(HydraConfig.get().runtime.output_dir))
-    except ERRORS as error:
-        if _interrupted.is_set():  # an engine can fail because of the interrupt
-            _end()
-        print(f"masksl: {error}", file=sys.stderr)
-        discard(Path(HydraConfig.get().runtime.output_dir))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _end()
-
-
-def _interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt once; end the process if a library suppresses it."""
-    if _interrupted.is_set():
-        return  # the engine is being stopped
-    _interrupted.set()
-    guard = threading.Timer(GRACE, _end)
-    guard.daemon = True
-    guard.start()
-    raise KeyboardInterrupt
-
-
-def _end() -> NoReturn:
-    """Stop the engine and end, in the first thread that comes here."""
-    if not _ending.acquire(timeout=STOP_TIMEOUT):
-        _leave(130)  # the other thread hangs
-    print("masksl: interrupted", file=sys.stderr)
-    engine.stop()
-    _leave(130)
-
-
-def _leave(status: int) -> NoReturn:
-    """End at once: Python takes seconds to finalise its modules."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        cli.start(main, config.CONF)
+    finally:
+        if signals.came():
+            signals.end(engine.stop)
+        signals.end_at_once()  # nothing is left to be cleaned up
 
 
 if __name__ == "__main__":
-    main()  # pylint: disable=no-value-for-parameter
+    program()

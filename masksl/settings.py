@@ -6,7 +6,8 @@ pydantic model: each field declares the type and range of one key once, and the
 settings; the type of a field decides whether text is read as YAML.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
@@ -25,7 +26,7 @@ class ConfigError(ValueError):
     @classmethod
     def of(cls, key: str, value: Any, allowed: str) -> "ConfigError":
         """Return the error of a key, its value, and the values that are allowed."""
-        return cls(f"{key}={value!r}: must be {allowed}")
+        return cls(f"{key}={shown(value)}: must be {allowed}")
 
 
 class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
@@ -77,9 +78,13 @@ class RunConfig(Section):
     """
 
     rounds: int = Field(ge=1, description="a whole number from 1 on")
-    evaluations: int = Field(1, ge=1, description="a whole number from 1 on")
+    evaluations: int = Field(
+        1, ge=1, le=1_000_000, description="a whole number from 1 to 1000000"
+    )
     target: float | None = Field(None, gt=0, le=1, description=f"null or {_FRACTION}")
-    clients: int = Field(ge=1, description="a whole number from 1 on")
+    clients: int = Field(
+        ge=1, le=1_000_000, description="a whole number from 1 to 1000000"
+    )
     fraction: float = Field(1.0, gt=0, le=1, description=_FRACTION)
     min_clients: int = Field(1, ge=1, description="a whole number from 1 on")
     batch_size: int = Field(ge=1, description="a whole number from 1 on")
@@ -90,13 +95,20 @@ class RunConfig(Section):
     plugins: tuple[str, ...] = Field(
         (), description="a list of modules that can be imported"
     )
-    resume: str | None = Field(None, description="null or text")
+    resume: str | None = Field(
+        None, min_length=1, description="null, auto or the path of a run folder"
+    )
 
     @classmethod
     def of(cls, settings: Mapping[str, Value]) -> "RunConfig":
         """Return the section of checked settings."""
         return read(cls, settings)
 
+
+MOST_THREADS = 256
+"""The same on every machine; OpenMP ends the process where it gets no more of them."""
+
+_THREADS = f"a whole number from 1 to {MOST_THREADS}"
 
 PLUGINS = dict(RunConfig.model_fields)["plugins"]
 """The field of the one key that is read before all others."""
@@ -111,8 +123,8 @@ class ThreadsConfig(Section):
         Threads of a client, of the server.
     """
 
-    client: int = Field(1, ge=1, description="a whole number from 1 on")
-    server: int = Field(2, ge=1, description="a whole number from 1 on")
+    client: int = Field(1, ge=1, le=MOST_THREADS, description=_THREADS)
+    server: int = Field(2, ge=1, le=MOST_THREADS, description=_THREADS)
 
 
 class CheckpointConfig(Section):
@@ -129,6 +141,61 @@ class CheckpointConfig(Section):
     def due(self, round_: int, rounds: int) -> bool:
         """Return whether a checkpoint is written after a round."""
         return bool(self.every) and (round_ % self.every == 0 or round_ == rounds)
+
+
+# --- what an error line says ----------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would be typed, text in quotes; long ones are shortened.
+
+    >>> shown(None), shown(True), shown((0.9, None)), shown("x")
+    ('null', 'true', '[0.9, null]', "'x'")
+    """
+    if value is None or value == "null":
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return shortened(f"[{', '.join(map(shown, value))}]")
+    if isinstance(value, Mapping):
+        pairs = (f"{key}: {shown(member)}" for key, member in value.items())
+        return shortened(f"{{{', '.join(pairs)}}}")
+    return shortened(repr(value))
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """Return text with the middle left out if it has more characters than ``most``."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 30]}[{len(text)} characters]{text[-10:]}"
+
+
+def among(word: str, known: Iterable[str]) -> str:
+    """Say which words are known: near ones, else those of the same section.
+
+    >>> among("optimizer.lt", ["rounds", "optimizer.lr", "optimizer.eps"])
+    'a known name, near ones: optimizer.lr'
+    >>> among("optimizer.zeta", ["rounds", "optimizer.lr", "optimizer.eps"])
+    'one of optimizer.lr, optimizer.eps'
+    """
+    every = list(dict.fromkeys(known))
+    section, _, last = word.rpartition(".")
+    same = {key.rpartition(".")[2]: key for key in every if _section(key) == section}
+    near = [same[name] for name in get_close_matches(last, same)]
+    if not section:
+        near += [key for key in every if key.endswith(f".{word}")]
+        same = same or dict(zip(every, every, strict=True))
+    if not same:
+        near = get_close_matches(word, every)
+        same = {key: key for key in every if not _section(key)}
+    if near:
+        return f"a known name, near ones: {', '.join(near)}"
+    return f"one of {', '.join(same.values())}"
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 # --- from settings to sections --------------------------------------------------------
@@ -157,7 +224,7 @@ def read(
     for name, field in section.model_fields.items():
         key = key_of(section, name, prefix)
         if key not in settings:
-            raise ConfigError.of(key, None, str(field.description))
+            raise _missing(key, settings, str(field.description))
         values[name] = parse(settings[key], field.annotation)
     try:
         return section(**values)
@@ -169,6 +236,14 @@ def read(
             allowed = first["msg"]
         key = key_of(section, name, prefix)
         raise ConfigError.of(key, values[name], allowed) from None
+
+
+def _missing(key: str, settings: Mapping[str, Value], allowed: str) -> ConfigError:
+    """Return the error of a key without a value, or with keys below it."""
+    below = options(settings, key, {})
+    if below:
+        return ConfigError.of(key, below, allowed)
+    return ConfigError(f"{key}: is missing, must be {allowed}")
 
 
 def key_of(section: type[BaseModel], name: str, prefix: str) -> str:
@@ -237,8 +312,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> Settings:
     """
     flat: Settings = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping):  # no section is empty: it is a wrong value
+            flat[f"{prefix}{key}"] = "{}"
         elif value is None or isinstance(value, (list, tuple)):
             listed = None if value is None else list(value)
             text = yaml.safe_dump(listed, default_flow_style=True)

@@ -174,7 +174,7 @@ def run(
     ------
     SystemExit
         With status 1 if a configuration is wrong, before any run is started, or if a
-        run failed; with status 130 on Ctrl-C.
+        run failed.
     """
     began = time.monotonic()
     try:
@@ -190,9 +190,6 @@ def run(
         print(f"masksl: {error}", file=sys.stderr)
         discard(folder)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("masksl: interrupted", file=sys.stderr)
-        sys.exit(130)
     logger.info("%d of %d runs are finished", before + sweep.done, len(jobs))
     if sweep.failed:
         named = ", ".join(job.name for job in sweep.failed)

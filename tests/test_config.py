@@ -33,7 +33,7 @@ def content(path: Path) -> dict[str, Any]:
     [
         ("rounds=0", "rounds=0: must be a whole number from 1 on"),
         ("rounds=1.5", "rounds=1.5: must be a whole number"),
-        ("clients=-3", "clients=-3: must be a whole number from 1 on"),
+        ("clients=-3", "clients=-3: must be a whole number from 1 to 1000000"),
         ("clients=2000", "clients=2000: must be at most 1437, the training samples"),
         ("fraction=0", "fraction=0: must be a number greater than 0 and at most 1"),
         ("cut=9", "cut=9: must be shallow, medium, deep or a whole number from 1 to 3"),
@@ -56,15 +56,15 @@ def content(path: Path) -> dict[str, Any]:
         ("device=cuda:99", "device='cuda:99': must be auto or cpu: "),
         ("device=0", "device=0: must be auto, cpu, cuda or cuda:N"),
         ("optimizer.lr=1e40", "optimizer.lr=1e+40: must be a number greater than 0"),
-        ("+cutting=4", "cutting=4: is no key of conf/base.yaml"),
-        ("+nonsense=4", "nonsense=4: is no key of conf/base.yaml"),
-        ("+method.nonsense=4", "method.nonsense=4: is no key of conf/base.yaml"),
-        ("+engine.hosts=4", "engine.hosts=4: is no key of conf/base.yaml"),
+        ("+cutting=4", "cutting=4: must be a known name, near ones: cut"),
+        ("+nonsense=4", "nonsense=4: must be one of rounds, evaluations, "),
+        ("+method.nonsense=4", "method.nonsense=4: must be one of method.name"),
+        ("+engine.hosts=4", "engine.hosts=4: must be one of engine.name"),
         ("method.name=x", "method.name='x': must be one of split"),
-        ("rounds=true", "rounds=True: must be a whole number from 1 on"),
-        ("fraction=true", "fraction=True: must be a number greater than 0"),
+        ("rounds=true", "rounds=true: must be a whole number from 1 on"),
+        ("fraction=true", "fraction=true: must be a number greater than 0"),
         ("compute.compile=1", "compute.compile=1: must be true or false"),
-        ("plugins=[3]", "plugins=(3,): must be a list of modules"),
+        ("plugins=[3]", "plugins=[3]: must be a list of modules"),
         ("client_device=tpu", "client_device='tpu': must be auto, cpu, cuda or cuda:N"),
         ("threads.server=0", "threads.server=0: must be"),
         ("optimizer.lr=-1", "optimizer.lr=-1: must be a number greater than 0"),
@@ -74,16 +74,16 @@ def content(path: Path) -> dict[str, Any]:
         ("optimizer.eps=0", "optimizer.eps=0: must be a number greater than 0"),
         (
             "optimizer.betas=[0.9,1]",
-            "optimizer.betas=(0.9, 1): must be a list of two numbers from 0 to less",
+            "optimizer.betas=[0.9, 1]: must be a list of two numbers from 0 to less",
         ),
-        ("optimizer.betas=[0.9]", "optimizer.betas=(0.9,): must be a list of two"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list of two"),
         ("optimizer.betas=0.9", "optimizer.betas=0.9: must be a list of two numbers"),
-        ("optimizer.betas=[0.9,x]", "optimizer.betas=(0.9, 'x'): must be a list of"),
-        ("optimizer.betas=[nan,0]", "optimizer.betas=(nan, 0): must be a list of two"),
-        ("optimizer.betas=[true,0]", "optimizer.betas=(True, 0): must be a list of"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas=[0.9, 'x']: must be a list of"),
+        ("optimizer.betas=[nan,0]", "optimizer.betas=[nan, 0]: must be a list of two"),
+        ("optimizer.betas=[true,0]", "optimizer.betas=[true, 0]: must be a list of"),
         ("schedule.name=linear", "schedule.name='linear': must be one of constant"),
-        ("schedule.milestones=[9,3]", "schedule.milestones=(9, 3): must be a list of"),
-        ("link.up_mbps=0", "link.up_mbps=0: must be a number greater than 0"),
+        ("schedule.milestones=[9,3]", "schedule.milestones=[9, 3]: must be a list of"),
+        ("link.up_mbps=0", "link.up_mbps=0: must be a number from 1e-9 to 1e12"),
         ("model=vgg19", "model.name='vgg19': must be a network for 8x8 images"),
         ("dataset.partition=odd", "dataset.partition='odd': must be one of iid"),
         ("dataset.limit=0", "dataset.limit=0: must be null or a whole number"),
@@ -94,11 +94,43 @@ def content(path: Path) -> dict[str, Any]:
         ("plugins=['']", "plugins=['']: must be a list of modules"),
         ("plugins=[.x]", "plugins=['.x']: must be a list of modules"),
         ("device=cuda:01", "device='cuda:01': must be auto, cpu, cuda or cuda:N"),
-        ("+x={1: 2}", "x.1=2: is no key of conf/base.yaml"),
-        ("engine=null", "overrides=['engine=local', 'engine=null']: "),
-        ("seed=${nope}", "overrides=['engine=local', 'seed=${nope}']: "),
-        ("~compressor", "compressor.name=None: must be one of none, qu, qq"),
+        ("+x={1: 2}", "x.1=2: must be one of rounds, "),
+        ("engine=null", "engine=null: must be one of flower, local, ray"),
+        (
+            "seed=${nope}",
+            "seed: must be a value that can be resolved (Interpolation key",
+        ),
+        ("~compressor", "compressor.name=null: must be one of none, qu, qq"),
         ("seed=x", "seed='x': must be a whole number from 0 on"),
+        ("seed=9223372036854775808", "seed=9223372036854775808: must be at most 9223"),
+        ("rounds=null", "rounds=null: must be a whole number from 1 on"),
+        ("method.name=null", "method.name=null: must be one of split"),
+        ("rounds={}", "rounds='{}': must be a whole number from 1 on"),
+        ("rounds={a: 1}", "rounds={a: 1}: must be a whole number from 1 on"),
+        ("rounds=-0", "rounds=0: must be a whole number from 1 on"),
+        ("rounds=[1]", "rounds='[1]': must be a whole number from 1 on"),
+        ("~rounds", "rounds: is missing, must be a whole number from 1 on"),
+        ("+a={}", "a='{}': must be one of rounds, "),
+        ("compressor.sparsity={}", "compressor.sparsity='{}': must be at least 0"),
+        ("+optimizer.lrr=3", "optimizer.lrr=3: must be a known name, near ones: opt"),
+        ("clients=1000001", "clients=1000001: must be a whole number from 1 to 10"),
+        ("evaluations=1000001", "evaluations=1000001: must be a whole number from 1"),
+        ("threads.server=100000", "threads.server=100000: must be a whole number from"),
+        ("threads.client=257", "threads.client=257: must be a whole number from 1 to"),
+        ("optimizer.weight_decay=1e300", "optimizer.weight_decay=1e+300: must be a"),
+        ("optimizer.eps=1e31", "optimizer.eps=1e+31: must be a number greater than 0"),
+        ("link.up_mbps=1e-320", "link.up_mbps=1e-320: must be a number from 1e-9"),
+        ("link.down_mbps=1e13", "link.down_mbps=10000000000000.0: must be a number"),
+        ("link.latency_ms=1e308", "link.latency_ms=1e+308: must be a number from 0"),
+        ("schedule.milestones='[1,2'", "schedule.milestones='[1,2': must be a list"),
+        ("schedule.milestones=[-1]", "schedule.milestones=[-1]: must be a list of"),
+        ("schedule.milestones=[1,2", "'schedule.milestones=[1,2': must be KEY=VALUE"),
+        ("dataset.root=[x", "'dataset.root=[x': must be KEY=VALUE, "),
+        ("dataset.root=''", "dataset.root='': must be text that is not empty"),
+        ("resume=''", "resume='': must be null, auto or the path of a run folder"),
+        ("client_device=cuda:300", "client_device='cuda:300': must be auto or cpu"),
+        ("device=cuda:999", "device='cuda:999': must be auto or cpu: "),
+        ("plugins=[this.x]", "plugins=['this.x']: must be a list of modules that can"),
     ],
 )
 def test_bad_values_are_named(override: str, message: str) -> None:
@@ -120,11 +152,11 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     [
         (
             ("optimizer.nesterov=true", "optimizer.momentum=0"),
-            "optimizer.nesterov=True: must be false without momentum",
+            "optimizer.nesterov=true: must be false without momentum",
         ),
         (
             ("optimizer.nesterov=true", "optimizer.name=adam"),
-            "optimizer.nesterov=True: must be false with optimizer.name adam",
+            "optimizer.nesterov=true: must be false with optimizer.name adam",
         ),
         (
             (
@@ -152,7 +184,7 @@ def test_bad_combinations_are_named(overrides: tuple[str, ...], message: str) ->
 def test_missing_keys_are_named() -> None:
     settings = settings_of()
     del settings["rounds"]
-    with pytest.raises(ConfigError, match="rounds=None: must be a whole number"):
+    with pytest.raises(ConfigError, match="rounds: is missing, must be a whole number"):
         config.check(settings)
 
 
@@ -237,17 +269,21 @@ def test_overrides_are_the_only_key_under_flwr_run() -> None:
         with pytest.raises(ConfigError) as caught:
             config.split_overrides(wrong)
         assert str(caught.value).startswith(message)
-    for override in ("nonsense=4", "rounds=[", "compressor=zip"):
+    for override, message in (
+        ("nonsense=4", "nonsense=4: must be one of "),
+        ("rounds=[", "'rounds=[': must be KEY=VALUE"),
+        ("compressor=zip", "compressor=zip: must be one of ec, "),
+    ):
         with pytest.raises(ConfigError) as caught:
             config.compose([override])
-        assert str(caught.value).startswith(f"overrides=['{override}']: ")
+        assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
 
 
 def test_text_is_read_by_the_type_of_its_field() -> None:
     assert settings_of("dataset.root='[x]'")["dataset.root"] == "[x]"
     assert parse("null", str | None) is None
-    with pytest.raises(ConfigError, match="dataset.root=None: must be text"):
+    with pytest.raises(ConfigError, match="dataset.root=null: must be text"):
         settings_of("dataset.root=null")
     assert parse("[1, 2]", tuple[int, ...] | None) == (1, 2)
     assert parse("[1", tuple[int, ...]) == "[1"
@@ -312,3 +348,40 @@ def test_no_host_is_named_in_the_lock_files() -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         text = re.sub(r"(?m)^description = .*$", "", text)  # a package names its page
         assert not re.search(r"https?://|file:|index-url|find-links", text), name
+
+
+def test_a_value_of_any_length_is_shown_in_a_short_line() -> None:
+    for override in ("cut=" + "x" * 10_000, "model=" + "x" * 10_000, "y" * 10_000):
+        with pytest.raises(ConfigError) as caught:
+            settings_of(override)
+        assert "characters]" in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("pins", ["[a 0-99999999999]", "[a 0-4,b 5-99999999999999999]"])
+@pytest.mark.parametrize("clients", ["10", "100000000000"])
+def test_pins_are_checked_without_being_listed(pins: str, clients: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of("engine=ray", f"engine.pin={pins}", f"clients={clients}")
+    key = "engine.pin" if clients == "10" else "clients"
+    assert str(caught.value).startswith(f"{key}=")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import sys\nsys.exit(3)", "broken.py, line 2: SystemExit: 3)"),
+        ("raise KeyboardInterrupt_", "line 1: NameError: name 'KeyboardInterrupt_'"),
+        ("def", "SyntaxError: invalid syntax)"),
+        ("import no_such_module", "No module named 'no_such_module')"),
+    ],
+)
+def test_a_broken_plugin_is_named(
+    text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        settings_of("plugins=[broken]")
+    assert str(caught.value).startswith("plugins=['broken']: must be a list of modules")
+    assert reason in str(caught.value)

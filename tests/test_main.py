@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from masksl import cli, config, main
 from masksl.runtime import results
 from tests.conftest import ROOT, settings_of
 
@@ -125,10 +129,202 @@ def test_errors_are_one_line(overrides: tuple[str, ...], message: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_unknown_keys_keep_hydras_message() -> None:
-    done = masksl("compressor.ratio=0.5")
-    assert done.returncode != 0
-    assert "Key 'ratio' is not in struct" in done.stderr
+def refusal(
+    arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """Return what the program says of wrong arguments, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["masksl.main", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # restores it, for `start` sets it
+    with pytest.raises(SystemExit) as ended:
+        cli.start(main.main, config.CONF)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("nosuch=1", "nosuch=1: must be one of compressor, gradient_compressor, "),
+        ("momentum=0.5", "momentum=0.5: must be a known name, near ones: optimizer.mo"),
+        ("experimnt=table1", "experimnt=table1: must be a known name, near ones: exp"),
+        ("optimizer.lrx=3", "optimizer.lrx=3: must be a known name, near ones: optimi"),
+        ("optimizer.zz=3", "optimizer.zz=3: must be one of optimizer.name, optimizer"),
+        ("hydra.nosuch=1", "hydra.nosuch=1: must be one of hydra.run, hydra.sweep, "),
+        ("compressor.ratio=1", "compressor.ratio=1: must be "),
+        ("+nosuch=1", "nosuch=1: must be one of rounds, evaluations, "),
+        ("~nosuch", "~nosuch: must be one of compressor, "),
+        ("~seed=1", "seed: must be deleted as ~seed=42, not as ~seed=1"),
+        ("+rounds=3", "rounds=3: must be given without the +: the key exists"),
+        ("+model=lenet", "model: must be given without the +: an option is chosen"),
+        ("++model=lenet", "++model=lenet: must be given without the ++"),
+        ("model=nosuch", "model=nosuch: must be one of lenet, resnet18, "),
+        ("model=", "model=: must be one of lenet, resnet18, "),
+        ("model=null", "model=null: must be one of lenet, resnet18, "),
+        ("model=3", "model=3: must be one of lenet, resnet18, "),
+        ("task=nosuch", "task=nosuch: must be one of resnet18_cifar100, "),
+        ("federation=nosuch", "federation=nosuch: must be one of paper, public_code"),
+        ("experiment=nosuch", "experiment=nosuch: must be one of cifar10_compressors"),
+        ("hydra/launcher=nosuch", "hydra/launcher=nosuch: must be one of basic, proc"),
+        ("+x", "'+x': must be KEY=VALUE, +KEY=VALUE or ~KEY, with quotes"),
+        ("rounds", "'rounds': must be KEY=VALUE, +KEY=VALUE or ~KEY"),
+        ("a=b=c", "'a=b=c': must be KEY=VALUE, +KEY=VALUE or ~KEY"),
+        ("rounds=[", "'rounds=[': must be KEY=VALUE, +KEY=VALUE or ~KEY"),
+        ("rounds='", '"rounds=\'": must be KEY=VALUE, +KEY=VALUE or ~KEY'),
+        (" ", "' ': must be KEY=VALUE, +KEY=VALUE or ~KEY"),
+        ("rounds=1,2", "rounds=1,2: must be one value; a list has brackets"),
+        ("rounds=range(1,3)", "rounds=range(1,3): must be given with --multirun"),
+        ("plugins={a: 1}", "plugins={a: 1}: must be a value of another type (Cannot"),
+        ("seed=${nope}", "seed: must be a value that can be resolved (Interpolation"),
+        ("hydra.run.dir=${nope}", "hydra.run.dir: must be a value that can be"),
+        ("hydra.run.dir=/proc/x", "hydra.run.dir='/proc/x': must be a folder that can"),
+        (f"hydra.run.dir={__file__}/x", f"hydra.run.dir='{__file__}/x': must be a fol"),
+        ("hydra.job.chdir=x", "hydra.job.chdir=x: must be a value of another type"),
+        ("hydra.searchpath=[file:///nosuch]", "hydra.searchpath=[file:///nosuch]: "),
+        ("--nosuch", "--nosuch: must be one of --help, "),
+        ("--multi-runn", "--multi-runn: must be a known name, near ones: --multirun"),
+        ("--cfg=x", "--cfg/-c: invalid choice: 'x' (choose from"),
+        ("--config-dir=/nosuch", "--config-dir='/nosuch': must be a folder"),
+        ("--config-name=nosuch", "nosuch: must be a file of the configuration"),
+        ("--experimental-rerun=x", "--experimental-rerun='x': must be left out"),
+        ("--resolve", "The --resolve flag can only be used in conjunction with"),
+    ],
+)
+def test_hydras_errors_are_one_line(
+    argument: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ("engine=local", f"hydra.run.dir={tmp_path}", "hydra/job_logging=none")
+    said = refusal((*more, argument), monkeypatch, capsys)
+    assert said.startswith(f"masksl: {message}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("nosuch=1,2", "nosuch=1,2: must be one of compressor, "),
+        ("model=small_cnn,nosuch", "model=small_cnn,nosuch: must be one of lenet, "),
+        ("rounds=1,", "'rounds=1,': must be KEY=VALUE, "),
+        ("rounds=0,1", "rounds=0: must be a whole number from 1 on"),
+        ("hydra.sweep.dir=/proc/x", "hydra.sweep.dir='/proc/x': must be a folder"),
+        ("hydra/sweeper=nosuch", "hydra/sweeper=nosuch: must be one of basic"),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_sweeps_are_refused_in_one_line(
+    argument: str,
+    message: str,
+    launcher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    groups = (f"hydra/launcher={launcher}", "hydra/job_logging=none")
+    more = ("--multirun", "engine=local", f"hydra.sweep.dir={tmp_path}", *groups)
+    said = refusal((*more, argument), monkeypatch, capsys)
+    assert said.startswith(f"masksl: {message}")
+
+
+def test_a_process_says_one_line_too(tmp_path: Path) -> None:
+    """The process has a standard error of its own, and libraries that may use it."""
+    for arguments, message in (
+        (("model=nosuch",), "model=nosuch: must be one of lenet, "),
+        (("--nosuch",), "--nosuch: must be one of --help, "),
+        (
+            (*QUICK, "dataset.partition=dirichlet", "dataset.alpha=1e-9"),
+            "dataset.partition='dirichlet': ",
+        ),
+    ):
+        done = masksl(*arguments, f"hydra.run.dir={tmp_path}")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"masksl: {message}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_hydras_own_options_work(tmp_path: Path) -> None:
+    for argument, text in (
+        ("--help", "== Configuration groups =="),
+        ("--cfg=job", "eval_batch_size: 256"),
+        ("--info=searchpath", "provider"),
+        ("--hydra-help", "Hydra is installed"),
+        ("--version", "Hydra 1.3"),
+    ):
+        done = masksl(argument, f"hydra.run.dir={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+        assert not done.stderr
+
+
+def test_an_installed_package_asks_for_its_configuration(tmp_path: Path) -> None:
+    """Only a checkout has conf/."""
+    for folder in ("masksl", "hydra_plugins"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "masksl.main", "rounds=1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"masksl: conf='{tmp_path}/conf': must be a folder, ")
+    assert "a checkout of the repository" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def mapped(process: subprocess.Popen[bytes], library: str) -> bool:
+    """Return whether a process has loaded a library."""
+    return library in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGHUP, "hung up"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["imports", "rounds"])
+def test_a_signal_ends_the_program_in_one_line(
+    moment: str, number: signal.Signals, word: str, tmp_path: Path
+) -> None:
+    if moment == "imports" and not Path("/proc/self/maps").exists():
+        pytest.skip("the moment is found in /proc")
+    output = tmp_path / "output"
+    command = [sys.executable, "-m", "masksl.main", *QUICK, "rounds=100000"]
+
+    def reached() -> bool:
+        if moment == "imports":
+            return mapped(process, "libtorch_cpu")
+        return "round 1/" in output.read_text(encoding="utf-8")
+
+    with (
+        open(output, "wb") as file,
+        subprocess.Popen(
+            [*command, f"hydra.run.dir={tmp_path}/run"],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            # A shell's "&" may ignore SIGINT.
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        ) as process,
+    ):
+        assert process.stderr is not None
+        deadline = time.monotonic() + 90
+        while not reached() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert process.stderr.read() == f"masksl: {word}\n".encode()
+    began = "round 1/" in output.read_text(encoding="utf-8")
+    assert began == (moment == "rounds")
 
 
 def test_folders_are_written_whole(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ IMPORTS: dict[str, set[str]] = {
     "codec": {"codec"},
     "utils": set(),
     "settings": set(),
+    "signals": set(),
     "model": set(),
     "engine.options": set(),
     "training": {"training", "utils"},
@@ -36,7 +37,9 @@ IMPORTS: dict[str, set[str]] = {
     "config": {
         *("methods", "compress", "dataset", "model", "training", "engine.options"),
         *("runtime.ledger", "runtime.compressors", "runtime.tracking", "settings"),
+        "cli",
     },
+    "cli": {"settings"},
     "client_app": {"methods.base", "runtime", "settings"},
     "server_app": {
         *("config", "methods", "methods.base", "runtime", "settings", "strategy"),
@@ -44,7 +47,7 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"engine", "engine.options", "utils"},
     "main": {
         *("config", "dataset", "engine", "engine.options", "runtime", "server_app"),
-        "settings",
+        *("cli", "settings", "signals"),
     },
     "sweep": {"config", "main", "runtime.folder", "runtime.results", "server_app"},
     "report": {"report", "runtime.folder", "runtime.results"},
@@ -67,6 +70,7 @@ ALLOWED = {
     "strategy": {"flwr"},
     "server_app": {"flwr"},
     "engine": {"flwr", "ray", "grpc"},
+    "cli": {"hydra"},
     "config": {"hydra"},
     "main": {"hydra"},
     "bench": {"flwr", "hydra"},

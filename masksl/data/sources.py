@@ -42,7 +42,7 @@ class DatasetConfig(
     """
 
     name: str = Field("digits", description="the name of a data set")
-    root: str = Field("data", description="text")
+    root: str = Field("data", min_length=1, description="text that is not empty")
     download: bool = Field(True, description="true or false")
     limit: int | None = Field(
         None, ge=1, description="null or a whole number from 1 on"

@@ -170,12 +170,9 @@ class RayOptions(EngineOptions, frozen=True):
         ValueError
             If they do not; the text says what ``pin`` must be.
         """
-        pins = self.pins
-        fits = sum(len(pin.partitions) for pin in pins) == clients
-        if fits:  # only then few enough to be listed
-            pinned = sorted(number for pin in pins for number in pin.partitions)
-            fits = pinned == list(range(clients))
-        if pins and not fits:
+        ranges = sorted((p.partitions.start, p.partitions.stop) for p in self.pins)
+        starts, stops = [first for first, _ in ranges], [stop for _, stop in ranges]
+        if ranges and [*starts, clients] != [0, *stops]:  # they may be too long to list
             raise ValueError(
                 f"entries that name each partition from 0 to {clients - 1} once"
             )

@@ -12,6 +12,8 @@ from masksl.settings import Section
 UP = "up"
 DOWN = "down"
 
+_RATE = "a number from 1e-9 to 1e12"  # beyond, sums of seconds would be infinite
+
 Nested = dict[str, dict[str, dict[str, int]]]
 
 
@@ -44,9 +46,9 @@ class Link(Section):
         One way, in milliseconds.
     """
 
-    up_mbps: float = Field(100.0, gt=0, description="a number greater than 0")
-    down_mbps: float = Field(100.0, gt=0, description="a number greater than 0")
-    latency_ms: float = Field(0.0, ge=0, description="a number from 0 on")
+    up_mbps: float = Field(100.0, ge=1e-9, le=1e12, description=_RATE)
+    down_mbps: float = Field(100.0, ge=1e-9, le=1e12, description=_RATE)
+    latency_ms: float = Field(0.0, ge=0, le=1e12, description="a number from 0 to 1e12")
 
     def seconds(self, down: Iterable[int], up: Iterable[int]) -> float:
         """Return the duration of an exchange: both ways, the slowest client each way.

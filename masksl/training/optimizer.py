@@ -54,12 +54,16 @@ class OptimizerConfig(
     momentum: float = Field(
         0.9, ge=0, lt=1, description="a number from 0 to less than 1"
     )
-    weight_decay: float = Field(5e-4, ge=0, description="a number from 0 on")
+    weight_decay: float = Field(
+        5e-4, ge=0, le=1e30, description="a number from 0 to 1e30"
+    )
     nesterov: bool = Field(False, description="true or false")
     betas: tuple[_Beta, _Beta] = Field(
         (0.9, 0.999), description="a list of two numbers from 0 to less than 1"
     )
-    eps: float = Field(1e-8, gt=0, description="a number greater than 0")
+    eps: float = Field(
+        1e-8, gt=0, le=1e30, description="a number greater than 0 and at most 1e30"
+    )
 
     @field_validator("nesterov")
     @classmethod
@@ -117,8 +121,8 @@ class ScheduleConfig(
     name: Literal[SCHEDULES] = Field(  # type: ignore[valid-type]
         "constant", description=f"one of {', '.join(SCHEDULES)}"
     )
-    milestones: tuple[int, ...] = Field(
-        (), description="a list of ascending whole numbers"
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="a list of ascending whole numbers from 1 on"
     )
     gamma: float = Field(
         0.1, gt=0, le=1, description="a number greater than 0 and at most 1"
