@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from masksl.methods.client import Client, Handler
+from masksl.methods.client import FATAL, Client, Handler
 from masksl.runtime import messages
-from masksl.runtime.messages import FrameError, NotFiniteError
 
 
 def greet(client: Client, content: RecordDict) -> RecordDict:
@@ -43,7 +42,9 @@ class MethodClientApp(ClientApp):
         client = Client.of(context)
         try:
             reply = _handler(client, kind)(client, content)
-        except (FrameError, NotFiniteError) as error:
+        except FATAL as error:
+            if client.survives(error):
+                raise
             reply = messages.failure(error)
         if messages.METRICS not in reply:
             reply[messages.METRICS] = client.metrics()

@@ -208,7 +208,8 @@ def check_resume(
 
 _FREE_ON_RESUME = (
     *("engine.", "checkpoint.", "resume", "min_clients", "target"),
-    *("dataset.root", "dataset.download", "dataset.workers", "tracking."),
+    *("dataset.root", "dataset.download", "dataset.workers", "dataset.unreadable"),
+    "tracking.",
 )
 
 

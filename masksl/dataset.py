@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from masksl.data.augmentation import random_crop, random_flip
-from masksl.data.images import DatasetError, Images, TensorImages
-from masksl.data.sources import DATASETS, PARTITIONS, DatasetConfig, Spec
+from masksl.data.images import DatasetError, FileImages, Images, TensorImages
+from masksl.data.sources import DATASETS
+from masksl.data.spec import PARTITIONS, DatasetConfig, Spec, check_images
 from masksl.utils import derive_seed, seeded_generator
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "Dataset",
     "DatasetConfig",
     "DatasetError",
+    "FileImages",
+    "Images",
     "Spec",
     "TensorImages",
     "adopt",
@@ -121,7 +124,8 @@ def load(config: DatasetConfig, device: str = "cpu") -> Dataset:
     Raises
     ------
     DatasetError
-        If the files are missing; the message says how to get them.
+        If files are missing, and the message says how to get them; or if one is
+        broken, and the message names it.
     """
     train, test = _read(config)
     if isinstance(train, TensorImages) and isinstance(test, TensorImages):
@@ -135,8 +139,24 @@ def _read(config: DatasetConfig) -> tuple[Images, Images]:
     """Return the limited training and test images, on the CPU."""
     if (adopted := _ADOPTED.images_of(config)) is not None:
         return adopted
-    train, test = DATASETS[config.name].load(config)
+    train, test = _checked(config)
     return train.first(config.limit), test.first(config.test_limit)
+
+
+def _checked(config: DatasetConfig) -> tuple[Images, Images]:
+    """Return the training and test images; raise nothing but `DatasetError`."""
+    spec, key = DATASETS[config.name], f"dataset.name={config.name!r}"
+    try:
+        train, test = spec.load(config)
+        for images, split in ((train, "training set"), (test, "test set")):
+            check_images(images, spec, f"{key}, {split}", f"{key}, {split}")
+    except DatasetError:
+        raise
+    # A plugin's function may raise anything.
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DatasetError(f"{key}: cannot be read ({said})") from error
+    return train, test
 
 
 # --- division over clients ------------------------------------------------------------

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from masksl.data.augmentation import centre_box, random_box
 
 
 class DatasetError(ValueError):
-    """A data set is missing or cannot be divided as configured; the text is one
-    line."""
+    """A data set that is missing, broken or cannot be divided as configured.
+
+    The text is one line. Where a file is broken it begins with its path.
+    """
 
 
 class Images(ABC):
@@ -112,7 +114,8 @@ class FileImages(Images):
         Raises
         ------
         DatasetError
-            If a file has another size and ``crop`` is false.
+            If a file cannot be read, or has another size and ``crop`` is false; the
+            text begins with its path.
         """
         draws: Sequence[torch.Tensor | None] = [None] * len(indices)
         if generator is not None:
@@ -127,8 +130,7 @@ class FileImages(Images):
 
     def _read(self, path: str, draws: torch.Tensor | None) -> torch.Tensor:
         """Return one image, uint8, shape (3, size, size)."""
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        image = _open(path)
         if self.crop:
             if draws is None:
                 box = centre_box(*image.size)
@@ -141,3 +143,17 @@ class FileImages(Images):
                 f"{path}: {image.size}, expected {self.size}x{self.size}"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _open(path: str) -> Image.Image:
+    """Return an image file as RGB."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except UnidentifiedImageError as error:
+        reason = "no image of a known format"
+        raise DatasetError(f"{path}: cannot be read ({reason})") from error
+    # The decoders of formats raise errors of many kinds, SyntaxError among them.
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DatasetError(f"{path}: cannot be read ({said})") from error

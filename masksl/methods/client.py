@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
 from masksl import model
-from masksl.compress import Compressor, FrameError
+from masksl.compress import Compressor, FrameError, NotFiniteError
 from masksl.dataset import (
     Dataset,
     DatasetConfig,
@@ -45,6 +45,10 @@ from masksl.utils import Stopwatch, derive_seed
 MODEL = "model"
 
 Handler = Callable[["Client", RecordDict], RecordDict]
+
+FATAL = (DatasetError, FrameError, NotFiniteError)
+"""Errors of a handler that end the run, see `Client.survives`; others leave the client
+out."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,11 @@ class Client:
                 if group in (MODEL, *self.setup.optimizer.states):
                     _check_shapes(group, own, self.setup.initial)
                 self.state[group] = own
+
+    def survives(self, error: Exception) -> bool:
+        """Return whether the run goes on without this client after a fatal error."""
+        data = self.setup.dataset
+        return isinstance(error, DatasetError) and data.unreadable == "leave_out"
 
     def metrics(self, **more: Any) -> MetricRecord:
         """Return measurements: the process, its seconds by activity, and others."""

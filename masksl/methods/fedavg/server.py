@@ -10,7 +10,7 @@ from torch import nn
 
 from masksl import dataset
 from masksl.compress import decode_set
-from masksl.dataset import DatasetConfig
+from masksl.dataset import DatasetConfig, DatasetError
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.fedavg import FedAvgConfig
@@ -159,7 +159,11 @@ class FedAvgServer(ServerMethod):
             total = self._clients_score(round_)
         else:
             with round_.watch("server"):
-                total = self._own_score()
+                try:
+                    total = self._own_score()
+                except DatasetError as error:
+                    place = f"round {round_.number}, evaluation"
+                    raise RunError(f"{place}: {error}") from error
         if not math.isfinite(total.loss):
             raise RunError(f"round {round_.number}, evaluation: loss not finite")
         return total
