@@ -9,6 +9,9 @@ POETRY := .poetry/bin/poetry
 READY := .venv/.ready
 TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg
+# Two processes that run tests suit a machine of two cores: most tests compute.
+WORKERS ?= 2
+PYTEST := $(POETRY) run pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SOURCES := masksl hydra_plugins scripts tests
 FLOWER_FILES := client_app dataset model server_app strategy utils
 
@@ -26,10 +29,10 @@ run: $(READY)  ## Train the default job; ARGS="..." overrides its configuration
 	$(POETRY) run python -m masksl.main $(ARGS)
 
 test: $(READY)  ## Run the tests that are not marked slow
-	$(TEST_ENV) $(POETRY) run pytest $(ARGS)
+	$(TEST_ENV) $(PYTEST) $(ARGS)
 
 test-all: $(READY)  ## Run every test
-	$(TEST_ENV) $(POETRY) run pytest -m "" $(ARGS)
+	$(TEST_ENV) $(PYTEST) -m "" $(ARGS)
 
 # What Flower checks on a baseline, in the order in which it does: the files that must
 # exist, then everything in the folder by these tools, then the tests.

@@ -213,13 +213,15 @@ def _divide(
     config: DatasetConfig, clients: int, labels: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
     """Return the parts of flwr-datasets' partitioner, applied to shuffled samples."""
-    # Imported here: importing it takes seconds, and a process that adopts a partition
-    # does not need it.
-    from datasets import Dataset as Table  # pylint: disable=import-outside-toplevel
-
     order = torch.randperm(
         len(labels), generator=seeded_generator(seed, "partition.order")
     )
+    if config.partition == "iid":  # what IidPartitioner does
+        return [part.clone() for part in torch.tensor_split(order, clients)]
+    # Imported here: importing it takes seconds, and a process that adopts a partition,
+    # or divides at random, does not need it.
+    from datasets import Dataset as Table  # pylint: disable=import-outside-toplevel
+
     partitioner = _partitioner(config, clients, labels, seed)
     partitioner.dataset = Table.from_dict(
         {"label": labels[order].tolist(), "index": order.tolist()}
@@ -240,8 +242,6 @@ def _partitioner(
     derived = derive_seed(seed, "partition") % 2**32
     classes = len(labels.unique())
     match config.partition:
-        case "iid":
-            return partitioner.IidPartitioner(num_partitions=clients)
         case "dirichlet":
             return partitioner.DirichletPartitioner(
                 num_partitions=clients,

@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Threads that wait for each other in a loop take the cores from the tests beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # pylint: disable=wrong-import-position
 import pytest
@@ -103,6 +105,29 @@ def processes(*words: str) -> list[str]:
     )
     lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
     return [line for line in lines if any(word in line for word in words)]
+
+
+LONG = ("ray", "test_sweep", "test_split", "test_compress", "test_checkpoint")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests that one process of pytest-xdist runs, one after the other.
+
+    Tests that start Ray are one group, because some look for processes that a run left
+    behind. The others of a module are a group, because they share runs. Groups that
+    take long begin first, so that all processes end at about the same time.
+    """
+    groups = {}
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        mark = item.get_closest_marker("xdist_group")
+        assert mark is not None
+        groups[item] = mark.args[0]
+    order = dict.fromkeys([*LONG, *groups.values()])
+    places = {name: place for place, name in enumerate(order)}
+    items.sort(key=lambda item: places[groups[item]])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset as Table
+from flwr_datasets.partitioner import IidPartitioner
 from pydantic import ValidationError
 
 from masksl import dataset
@@ -75,6 +77,14 @@ def test_partitions_are_complete_and_disjoint(kind: str, clients: int) -> None:
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(1437))
     again = dataset.partition.__wrapped__(config, clients, 42)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_iid_parts_are_those_of_flwr_datasets() -> None:
+    order = torch.cat(dataset.partition(DIGITS, 10, 42))
+    partitioner = IidPartitioner(num_partitions=10)
+    partitioner.dataset = Table.from_dict({"index": order.tolist()})
+    for client, part in enumerate(dataset.partition(DIGITS, 10, 42)):
+        assert part.tolist() == list(partitioner.load_partition(client)["index"])
 
 
 def test_each_kind_of_partition() -> None:

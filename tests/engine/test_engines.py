@@ -16,6 +16,8 @@ from masksl.settings import Settings
 from tests.conftest import settings_of, untimed
 from tests.engine.ray_runs import left_behind, program, ray_folder
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 FORWARD, BACKWARD = "train.forward", "train.backward"
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 
@@ -26,24 +28,40 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     return untimed(results.read_rows(folder))
 
 
+QUICK = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "flower" else name
+    for name in engine.ENGINES
+]
+"""The engines; Flower's own takes seconds to start."""
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ("client_sync=step",),
         ("client_sync=round",),
-        ("client_sync=never",),
+        pytest.param(("client_sync=step",), marks=pytest.mark.slow),
+        pytest.param(("client_sync=never",), marks=pytest.mark.slow),
         pytest.param(
             ("compressor=rt", "gradient_positions=kept"), marks=pytest.mark.slow
         ),
     ],
     ids=str,
 )
-def test_engines_agree(options: tuple[str, ...], tmp_path: Path) -> None:
-    """Run three clients on two Ray workers: messages reach changing processes."""
+def test_engines_agree(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run three clients on two Ray workers: messages reach changing processes.
+
+    No process is left behind.
+    """
     overrides = (*SMALL, *options)
     local = run(settings_of(*overrides), tmp_path / "local")
     remote = settings_of(*overrides, "engine=flower", "engine.cpus_per_client=0.5")
-    flower = run(remote, tmp_path / "flower")
+    with ray_folder() as folder:
+        monkeypatch.setenv("RAY_TMPDIR", str(folder))
+        flower = run(remote, tmp_path / "flower")
+        assert list(folder.glob("**/logs/raylet.out"))
+        assert left_behind(folder) == []
     moved = [row.pop("rebuilt_graphs") for row in flower]
     stayed = [row.pop("rebuilt_graphs") for row in local]
     assert flower == local
@@ -51,7 +69,7 @@ def test_engines_agree(options: tuple[str, ...], tmp_path: Path) -> None:
     assert sum(stayed) == 0
 
 
-@pytest.mark.parametrize("name", engine.ENGINES)
+@pytest.mark.parametrize("name", QUICK)
 def test_divergence_ends_a_run_with_one_line(name: str, tmp_path: Path) -> None:
     settings = settings_of(*SMALL, f"engine={name}", "optimizer.lr=1e30")
     with pytest.raises(RunError) as caught:
@@ -184,22 +202,12 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
     )
 
 
-def test_a_simulation_leaves_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with ray_folder() as folder:
-        monkeypatch.setenv("RAY_TMPDIR", str(folder))
-        run(settings_of(*SMALL, "rounds=1", "engine=flower"), tmp_path)
-        assert list(folder.glob("**/logs/raylet.out"))
-        assert left_behind(folder) == []
-
-
 @pytest.mark.parametrize(
     ("name", "end"),
     [
         *((name, signal.SIGINT) for name in engine.ENGINES),
         ("local", signal.SIGTERM),
-        ("flower", signal.SIGTERM),
+        pytest.param("flower", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_an_ended_run_leaves_no_process(name: str, end: signal.Signals) -> None:

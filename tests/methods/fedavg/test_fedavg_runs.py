@@ -15,6 +15,8 @@ from masksl.runtime import checkpoint, results
 from tests.conftest import settings_of, untimed
 from tests.runtime.test_checkpoint import run, run_until
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 SMALL = (
     *("method=fedavg", "rounds=4", "clients=4", "dataset.limit=130"),
     *("dataset.test_limit=40", "threads.server=1"),
@@ -54,13 +56,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     same_tensors(tmp_path / "whole", tmp_path / "third")
 
 
-@pytest.fixture
-def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return the file that says where a process is to be killed."""
+    path = tmp_path_factory.mktemp("kill") / "order"
     ray.shutdown()  # hosts take the variable from the process that starts Ray
-    path = tmp_path / "order"
-    monkeypatch.setenv("MASKSL_TEST_KILL", str(path))
+    os.environ["MASKSL_TEST_KILL"] = str(path)
     yield path
+    del os.environ["MASKSL_TEST_KILL"]
     ray.shutdown()
 
 

@@ -91,11 +91,15 @@ def whole_state(training: Training) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.parametrize(
+    "steps", [5, pytest.param(20, marks=pytest.mark.slow)]  # they take as long as that
+)
 @pytest.mark.parametrize("name", ["vgg19", "resnet18"])
-def test_split_equals_unsplit_bit_for_bit(name: str) -> None:
-    """Twenty steps at every named cut, dropout on, every client_sync."""
-    overrides = [*UNSPLIT, f"model={name}"]
-    losses, weights = unsplit(prepare(settings_of(*overrides)), 20)
+def test_split_equals_unsplit_bit_for_bit(name: str, steps: int) -> None:
+    """Steps at every named cut, dropout on, every client_sync."""
+    overrides = [*UNSPLIT, f"model={name}", f"dataset.limit={8 * steps}"]
+    losses, weights = unsplit(prepare(settings_of(*overrides)), steps)
+    assert len(losses) == steps
     assert all(map(torch.isfinite, map(torch.tensor, losses)))
     for cut, sync in (("shallow", "round"), ("medium", "step"), ("deep", "never")):
         training = train(*overrides, f"cut={cut}", f"client_sync={sync}")
