@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -95,14 +96,10 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 def test_python_blocks_run_and_print_what_they_say(page: Path) -> None:
     code = "\n".join(blocks(page, "python"))
     printed = io.StringIO()
-    registered = dict(compress.COMPRESSORS), dict(METHODS)
-    try:
+    # What a page registers as an example stays in it.
+    with patch.dict(compress.COMPRESSORS), patch.dict(METHODS):
         with contextlib.redirect_stdout(printed):
             exec(code, {})  # pylint: disable=exec-used
-    finally:  # what a page registers as an example stays in it
-        for registry, before in zip((compress.COMPRESSORS, METHODS), registered):
-            registry.clear()
-            registry.update(before)
     said = re.findall(r"^print\(.*#\s*(.*)$", code, re.M)
     for line, number in zip(printed.getvalue().splitlines(), said, strict=False):
         if number[0].isdigit():
@@ -212,7 +209,7 @@ Keys = dict[tuple[str, str], list[str]]
 
 
 def documented_keys() -> Keys:
-    """Return the cells default and allowed by key and whose it is, empty: every run's."""
+    """Return the cells default and allowed by key and by whose it is, if not all's."""
     keys: Keys = {}
     head: list[str] = []
     for line in read(CONFIGURATION).splitlines():
