@@ -40,7 +40,8 @@ from masksl.settings import (
     shortened,
 )
 from masksl.training.compute import ComputeConfig
-from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
+from masksl.training.optimizer import OptimizerConfig
+from masksl.training.schedule import ScheduleConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 MOST = 2**63 - 1  # of whole numbers in Flower's records

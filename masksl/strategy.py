@@ -26,7 +26,8 @@ from masksl.runtime.round import Round
 from masksl.runtime.summary import make_row, summarize
 from masksl.settings import CheckpointConfig, RunConfig, Settings, read
 from masksl.training.compute import describe, resolve_device
-from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
+from masksl.training.optimizer import OptimizerConfig
+from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.training.tensors import grouped
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,8 @@ class RoundStrategy(Strategy):
             self.register(grid)
         began = time.monotonic()
         self.clients.ledger.begin_round()
-        lr = self.optimizer.lr * self.schedule.factor(number, rounds)
-        round_ = Round(number, lr, self.clients.sample(number), self.clients)
+        rates = Rates(self.schedule, self.optimizer.lr, number, rounds)
+        round_ = Round(number, rates, self.clients.sample(number), self.clients)
         self._train(round_)
         self._evaluate(round_)
         self._progress.completed = number

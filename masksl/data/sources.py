@@ -29,9 +29,7 @@ def load_digits(config: DatasetConfig) -> tuple[Images, Images]:
     )
 
 
-def packed(
-    kind: str, files: str
-) -> Callable[[DatasetConfig], tuple[Images, Images]]:
+def packed(kind: str, files: str) -> Callable[[DatasetConfig], tuple[Images, Images]]:
     """Return `masksl.data.packed.torchvision_loader`, imported when it is called."""
 
     def load(config: DatasetConfig) -> tuple[Images, Images]:

@@ -39,6 +39,7 @@ from masksl.settings import (
 from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import STEP, OptimizerConfig
+from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.training.tensors import Tensors, tensors_of
 from masksl.utils import Stopwatch, derive_seed
 
@@ -108,6 +109,7 @@ class Setup:
     dataset: DatasetConfig
     compressor: Compressor
     optimizer: OptimizerConfig
+    schedule: ScheduleConfig
     compute: ComputeConfig
     module: nn.Module
     initial: Tensors
@@ -118,6 +120,10 @@ class Setup:
     def of(cls, settings: Settings) -> "Setup":
         """Return the setup of settings, the same object for the same settings."""
         return _setup(tuple(sorted(settings.items())))
+
+    def rates(self, round_: int, rounds: int) -> Rates:
+        """Return the learning rates of a round, of so many rounds."""
+        return Rates(self.schedule, self.optimizer.lr, round_, rounds)
 
 
 @lru_cache(maxsize=2)
@@ -140,6 +146,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
         dataset=dataset,
         compressor=compressor,
         optimizer=read(OptimizerConfig, settings, "optimizer"),
+        schedule=read(ScheduleConfig, settings, "schedule"),
         compute=read(ComputeConfig, settings, "compute"),
         module=module,
         initial=tensors_of(module),

@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from masksl.runtime.clients import TRAINING, ClientInfo, ClientManager
+from masksl.training.schedule import Rates
 from masksl.training.score import Score
 from masksl.utils import Stopwatch, derive_seed
 
@@ -21,8 +22,8 @@ class Round:
     ----------
     number : int
         Number of the round, from 1.
-    lr : float
-        Learning rate of the round.
+    rates : Rates
+        Learning rates of the round.
     clients : list[ClientInfo]
         Clients that take part, by partition.
     manager : ClientManager
@@ -41,7 +42,7 @@ class Round:
     """
 
     number: int
-    lr: float
+    rates: Rates
     clients: list[ClientInfo]
     manager: ClientManager
     steps: int = 0
@@ -54,6 +55,10 @@ class Round:
     score: Score = field(default_factory=Score)
     checks: list[dict[str, float]] = field(default_factory=list)
     _failed: set[tuple[int, str]] = field(default_factory=set)
+
+    def lr(self, step: int = 0) -> float:
+        """Return the learning rate of a step."""
+        return self.rates.at(step, self.steps)
 
     # pylint: disable-next=too-many-arguments
     def exchange(

@@ -177,7 +177,7 @@ class LocalNetwork:
         """
         logits = self.forward(images, seed=seed).requires_grad_(True)
         with self._compute():
-            loss = mean_loss(logits, labels)
+            loss = mean_loss(logits, labels, config.label_smoothing)
             (gradient,) = torch.autograd.grad(loss, logits)
         if not loss.isfinite():
             self._output = None

@@ -1,6 +1,5 @@
-"""SGD and Adam on named tensors, and the schedules of their learning rate."""
+"""SGD and Adam on named tensors."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -11,7 +10,6 @@ from pydantic_core import PydanticCustomError
 from masksl.training.tensors import Tensors
 
 OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("constant", "cosine", "multistep", "step")
 STEP = "adam.step"  # group of the numbers of steps, which have no dimensions
 # PyTorch's names of what each optimiser remembers of a parameter, by ours.
 _STATES: dict[str, dict[str, str]] = {
@@ -43,6 +41,9 @@ class OptimizerConfig(
         Decay of the means of gradients and of their squares in ``adam``.
     eps : float
         Is added to the root of the mean of squares in ``adam``.
+    label_smoothing : float
+        Share of a label's weight that is spread evenly over all classes, in training
+        (Szegedy et al., 2016).
     """
 
     name: Literal[OPTIMIZERS] = Field(  # type: ignore[valid-type]
@@ -63,6 +64,9 @@ class OptimizerConfig(
     )
     eps: float = Field(
         1e-8, gt=0, le=1e30, description="a number greater than 0 and at most 1e30"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="a number from 0 to less than 1"
     )
 
     @field_validator("nesterov")
@@ -98,60 +102,6 @@ class OptimizerConfig(
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
         )
-
-
-class ScheduleConfig(
-    BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False
-):
-    """How the learning rate changes from round to round.
-
-    Parameters
-    ----------
-    name : str
-        ``constant``; ``cosine`` to zero over all rounds; ``multistep``, times ``gamma``
-        after each of ``milestones`` rounds; ``step``, times ``gamma`` every ``every``.
-    milestones : tuple[int, ...]
-        Completed rounds after which the rate drops.
-    gamma : float
-        Factor of a drop.
-    every : int
-        Rounds between two drops.
-    """
-
-    name: Literal[SCHEDULES] = Field(  # type: ignore[valid-type]
-        "constant", description=f"one of {', '.join(SCHEDULES)}"
-    )
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="a list of ascending whole numbers from 1 on"
-    )
-    gamma: float = Field(
-        0.1, gt=0, le=1, description="a number greater than 0 and at most 1"
-    )
-    every: int = Field(30, ge=1, description="a whole number from 1 on")
-
-    @field_validator("milestones")
-    @classmethod
-    def _ascend(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
-        if list(milestones) != sorted(set(milestones)):
-            raise ValueError("not ascending")
-        return milestones
-
-    @property
-    def depends_on_rounds(self) -> bool:
-        """Whether the rate of a round depends on the number of all rounds."""
-        return self.name == "cosine"
-
-    def factor(self, round_: int, rounds: int) -> float:
-        """Return the rate of a round, counted from 1, over that of the first one."""
-        done = round_ - 1
-        match self.name:
-            case "cosine":
-                return (1 + math.cos(math.pi * done / rounds)) / 2
-            case "multistep":
-                return self.gamma ** sum(done >= stone for stone in self.milestones)
-            case "step":
-                return self.gamma ** (done // self.every)
-        return 1.0
 
 
 def apply_gradients(

@@ -43,9 +43,14 @@ class Score:
         }
 
 
-def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of logits (n, classes) against labels (n,)."""
-    return functional.cross_entropy(logits, labels)
+def mean_loss(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """Return the mean cross-entropy of logits (n, classes) against labels (n,).
+
+    ``smoothing`` is `OptimizerConfig.label_smoothing`.
+    """
+    return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> Score:

@@ -1,6 +1,4 @@
-"""Steps on tensors: averages, schedules, networks with tensors of their own."""
-
-from typing import Any
+"""Steps on tensors: averages, networks with tensors of their own."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ from torch import nn
 
 from masksl.training.compute import compute
 from masksl.training.network import LocalNetwork
-from masksl.training.optimizer import OptimizerConfig, ScheduleConfig
 from masksl.training.tensors import average
 
 
@@ -19,27 +16,6 @@ def test_average() -> None:
     assert torch.equal(mean["w"], torch.tensor([4.0, 2.0]))
     assert int(mean["n"]) == 7
     assert average([one], [5])["w"] is one["w"]
-
-
-def test_schedules() -> None:
-    def factors(rounds: int, **options: Any) -> list[float]:
-        schedule = ScheduleConfig(**options)
-        return [schedule.factor(r, rounds) for r in range(1, rounds + 1)]
-
-    assert factors(3) == [1, 1, 1]
-    assert factors(4, name="cosine") == pytest.approx(
-        [1, 0.853553, 0.5, 0.146447], abs=1e-6
-    )
-    steps = factors(5, name="multistep", milestones=(2, 4), gamma=0.2)
-    assert steps == pytest.approx([1, 1, 0.2, 0.2, 0.04])
-    assert factors(4, name="step", every=2) == pytest.approx([1, 1, 0.1, 0.1])
-    parameter = torch.zeros(1, requires_grad=True)
-    optimizer = OptimizerConfig(lr=0.3).make([parameter])
-    torch_cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
-    for factor in factors(9, name="cosine"):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * factor)
-        optimizer.step()
-        torch_cosine.step()
 
 
 def test_gradient_of_a_wrong_shape_is_refused() -> None:

@@ -18,18 +18,21 @@ from masksl.methods.fedavg.messages import (
 from masksl.runtime import messages
 from masksl.runtime.compressors import EXACT
 from masksl.training.network import LocalNetwork
+from masksl.training.schedule import Rates
 from masksl.training.score import Score, score
 from masksl.training.tensors import Tensors, copies
 
 
 def train(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.local`: train, then send the new model or the difference."""
-    place, lr = place_of(content), float(messages.place_of(content)["lr"])
+    place = place_of(content)
+    rounds = int(messages.place_of(content)["rounds"])
     client.receive(content, shared=True)
     start = _model(client)
     with client.watch("compute"):
         network = _network(client, copies(start))
-        loss, samples = run_epochs(client, network, place, lr)
+        rates = client.setup.rates(place.round, rounds)
+        loss, samples = run_epochs(client, network, rates)
     client.state.pop(MODEL, None)  # the next message brings a new one
     reply = RecordDict()
     with client.watch("codec"):
@@ -50,7 +53,7 @@ def train(client: Client, content: RecordDict) -> RecordDict:
 
 
 def run_epochs(
-    client: Client, network: LocalNetwork, place: Place, lr: float
+    client: Client, network: LocalNetwork, rates: Rates
 ) -> tuple[float, int]:
     """Train for the local epochs of a round.
 
@@ -65,14 +68,15 @@ def run_epochs(
         If a loss is not finite; the text names the local step.
     """
     total, samples = 0.0, 0
-    for step in range(_config(client).local_epochs * client.train_steps()):
-        here = Place(place.round, step)
+    steps = _config(client).local_epochs * client.train_steps()
+    for step in range(steps):
+        here = Place(rates.round, step)
         images, labels = client.train_batch(here)
         loss = network.train(
             images,
             labels,
             client.setup.optimizer,
-            lr=lr,
+            lr=rates.at(step, steps),
             seed=client.seed("dropout.client", here),
         )
         if not math.isfinite(loss):

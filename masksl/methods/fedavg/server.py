@@ -124,7 +124,7 @@ class FedAvgServer(ServerMethod):
         place: dict[str, Any] = {
             "round": round_.number,
             "step": step,
-            "lr": round_.lr,
+            "rounds": round_.rates.rounds,
         }
         content = RecordDict({messages.PLACE: ConfigRecord(place)})
         where = round_.place(step, client.number, self._down)

@@ -107,7 +107,7 @@ class ServerHalf:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with self._compute():
-            loss = mean_loss(logits, labels)
+            loss = mean_loss(logits, labels, self._optimizer_config.label_smoothing)
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()

@@ -17,6 +17,7 @@ from masksl.methods.fedavg.messages import SCORE, score_of, score_record
 from masksl.methods.global_model import GlobalModel
 from masksl.runtime.messages import FrameError, RunError
 from masksl.runtime.round import Round
+from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.training.score import Score
 from masksl.utils import derive_seed
 from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
@@ -157,7 +158,8 @@ def trained(*overrides: str) -> tuple[Training, dict[str, torch.Tensor], Any, An
     training = prepare(settings_of(*SMALL, "dataset.partition=dirichlet", *overrides))
     server, manager = training.server, training.strategy.clients
     start = {name: t.clone() for name, t in server.model.tensors.items()}
-    round_ = Round(1, 0.05, manager.clients, manager)
+    rates = Rates(ScheduleConfig(), 0.05, 1, 1)
+    round_ = Round(1, rates, manager.clients, manager, steps=1)
     assert server.steps(round_) == 1
     server.run_step(round_, 0)
     received = dict(server._received)  # pylint: disable=protected-access

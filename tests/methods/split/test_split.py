@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
 
 from masksl import compress, dataset, model
 from masksl.compress import decode
@@ -19,6 +20,7 @@ from masksl.methods.split.halves import ServerHalf
 from masksl.runtime.round import Round
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig
+from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.utils import derive_seed
 from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
 
@@ -108,6 +110,41 @@ def test_split_equals_unsplit_bit_for_bit(name: str, steps: int) -> None:
         assert state.keys() == weights.keys()
         for key, tensor in weights.items():
             assert torch.equal(state[key], tensor), (cut, key)
+
+
+ONECYCLE = (
+    *("dataset=digits", "model=small_cnn", "clients=1", "dataset.limit=130"),
+    *("dataset.test_limit=20", "compressor=none", "optimizer.lr=0.1", "rounds=3"),
+    *("schedule.name=onecycle", "optimizer.label_smoothing=0.1"),
+)
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_onecycle_and_smoothing_equal_unsplit_bit_for_bit(sync: str) -> None:
+    """With PyTorch's own scheduler and loss, in every step of three rounds."""
+    training = train(*ONECYCLE, f"client_sync={sync}")
+    steps = training.rows[0]["steps"]
+    prepared = prepare(settings_of(*ONECYCLE))
+    units = model.build("small_cnn", 10, 1, seed=derive_seed(42, "model"))
+    network = nn.Sequential(*units).train()
+    optimizer = prepared.server.optimizer.make(list(network.parameters()))
+    schedule = OneCycleLR(optimizer, 0.1, 3 * steps, cycle_momentum=False)
+    losses = []
+    torch.set_num_threads(1)
+    for number in range(3 * steps):
+        place = Place(1 + number // steps, number % steps)
+        images, labels = prepared.client(0).train_batch(place)
+        loss = functional.cross_entropy(network(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if number < 3 * steps - 1:
+            schedule.step()
+    assert training.losses == losses
+    state = whole_state(training)
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(state[key], tensor), key
 
 
 @pytest.mark.slow
@@ -240,7 +277,8 @@ def test_clients_stay_apart_under_never() -> None:
 def test_state_of_a_client_under_step_is_dropped_between_steps() -> None:
     training = train("rounds=1", "clients=2", "dataset.limit=60", "client_sync=step")
     clients = training.strategy.clients
-    round_ = Round(2, 0.1, clients.clients, clients)
+    rates = Rates(ScheduleConfig(), 0.1, 2, 2)
+    round_ = Round(2, rates, clients.clients, clients, steps=1)
     training.server.run_step(round_, 0)
     contexts = training.grid.contexts.values()
     assert all("model" not in context.state for context in contexts)
