@@ -5,12 +5,13 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from masksl.bench.__main__ import main as bench
 from masksl.engine.options import ENGINES
 from masksl.methods import METHODS
 from masksl.report.__main__ import main as report
+from masksl.runtime.tracking import TRACKERS
 from masksl.settings import Settings
 from tests.conftest import ROOT, settings_of
 
@@ -97,9 +99,14 @@ def test_python_blocks_run_and_print_what_they_say(page: Path) -> None:
     code = "\n".join(blocks(page, "python"))
     printed = io.StringIO()
     # What a page registers as an example stays in it.
-    with patch.dict(compress.COMPRESSORS), patch.dict(METHODS):
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})  # pylint: disable=exec-used
+    registries = (compress.COMPRESSORS, METHODS, TRACKERS)
+    services = dict.fromkeys(("mlflow", "wandb"), MagicMock())
+    with contextlib.ExitStack() as stack:
+        for registry in registries:
+            stack.enter_context(patch.dict(registry))
+        stack.enter_context(patch.dict(sys.modules, services))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        exec(code, {})  # pylint: disable=exec-used
     said = re.findall(r"^print\(.*#\s*(.*)$", code, re.M)
     for line, number in zip(printed.getvalue().splitlines(), said, strict=False):
         if number[0].isdigit():

@@ -1,10 +1,12 @@
 """Trackers: what they are given, what TensorBoard reads back, what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -153,3 +155,25 @@ def test_files_and_trackers_agree() -> None:
     assert stems == tracking.TRACKERS.keys() - {"lines"}
     for name in stems:
         assert settings_of(f"tracking={name}")["tracking.name"] == name
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_of_the_page_log_every_number(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The services themselves are stood in for."""
+    service = MagicMock()
+    monkeypatch.setitem(sys.modules, name, service)
+    page = (ROOT / "docs/tracking.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if name in c)
+    with patch.dict(tracking.TRACKERS):
+        exec(code, {})  # pylint: disable=exec-used
+        main.run(settings_of(*QUICK, f"tracking.name={name}"), tmp_path)
+    log = service.log_metrics if name == "mlflow" else service.init.return_value.log
+    rows = results.read_rows(tmp_path)
+    assert [call.args[0] for call in log.call_args_list] == [
+        dict(scalars(row)) for row in rows
+    ]
+    assert [call.kwargs["step"] for call in log.call_args_list] == [1, 2]
+    end = service.end_run if name == "mlflow" else service.init.return_value.finish
+    end.assert_called_once_with()
