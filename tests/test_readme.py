@@ -24,7 +24,7 @@ from masksl.bench.__main__ import main as bench
 from masksl.engine.options import ENGINES
 from masksl.methods import METHODS
 from masksl.report.__main__ import main as report
-from masksl.runtime.tracking import TRACKERS
+from masksl.runtime.tracking import TRACKERS, TrackingConfig
 from masksl.settings import Settings
 from tests.conftest import ROOT, settings_of
 
@@ -261,6 +261,9 @@ def test_every_key_stands_in_the_configuration() -> None:
             assert same(default, settings[key]), key
             assert allowed == field.description, key
     documented.pop(("compressor.name", ""))
+    default, allowed = documented.pop(("tracking.name", ""))
+    assert same(default, settings_of()["tracking.name"])
+    assert allowed == TrackingConfig.model_fields["name"].description
     for path in (CONF / "compressor").glob("*.yaml"):
         if "defaults" in yaml.safe_load(read(path)):
             continue  # other defaults of another one
