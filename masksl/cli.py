@@ -5,6 +5,7 @@ Hydra explains its errors in many lines, and often advises against this configur
 """
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -78,7 +79,9 @@ def start(task: Callable[[], Any], conf: Path) -> None:
         task()
     except Exception as error:  # pylint: disable=broad-exception-caught
         # Hydra raised it, whatever it is: the task ends the program on its own errors.
-        if isinstance(error, OSError) and not isinstance(error, HydraException):
+        # The name of an option can be too long for a file.
+        failed = isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
+        if failed and not isinstance(error, HydraException):
             _refuse(_unwritable(error, arguments))
         _refuse(explain(error, arguments.overrides, conf))
 
@@ -132,7 +135,9 @@ def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         return (
             f"{shortened(typed[-1])}: must be {among(key, _known(parsed, key, conf))}"
         )
-    if hydras := [_typed(o) for o in parsed if o.is_hydra_override()]:
+    if hydras := [
+        _typed(o) for o in parsed if o.is_hydra_override() and o.key_or_group in text
+    ]:
         return f"{shortened(' '.join(hydras))}: must be what Hydra takes ({text})"
     return shortened(text, 300)
 

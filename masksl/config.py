@@ -96,7 +96,7 @@ def compose(overrides: Sequence[str]) -> Settings:
         with initialize_config_dir(str(CONF), version_base=None):
             composed = hydra_compose("base", overrides=list(overrides))
         nested: Any = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(cli.explain(error, overrides, CONF)) from error
     settings = flatten(nested)
     check(settings)
