@@ -79,10 +79,10 @@ def start(task: Callable[[], Any], conf: Path) -> None:
         task()
     except Exception as error:  # pylint: disable=broad-exception-caught
         # Hydra raised it, whatever it is: the task ends the program on its own errors.
-        # The name of an option can be too long for a file.
-        failed = isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
-        if failed and not isinstance(error, HydraException):
-            _refuse(_unwritable(error, arguments))
+        if isinstance(error, OSError) and not isinstance(error, HydraException):
+            # The name of an option can be too long for a file.
+            if error.errno != errno.ENAMETOOLONG:
+                _refuse(_unwritable(error, arguments))
         _refuse(explain(error, arguments.overrides, conf))
 
 
@@ -92,9 +92,10 @@ def in_one_line(*errors: type[Exception]) -> Iterator[None]:
 
     Any other exception is a fault of the program, and is shown with its traceback.
     """
+    refused: tuple[type[Exception], ...] = (*errors, OSError)
     try:
         yield
-    except (*errors, OSError) as error:
+    except refused as error:
         _refuse(error)
     except Exception:  # pylint: disable=broad-exception-caught
         # Hydra would shorten the traceback, and end in a line about itself.
@@ -192,8 +193,11 @@ def _typed(override: Override) -> str:
 
 def _known(parsed: Iterable[Override], wrong: str, conf: Path) -> list[str]:
     """Return the keys that can be overridden, with the groups chosen as they are."""
-    groups = [o for o in parsed if (conf / o.key_or_group).is_dir()]
-    chosen = [_typed(o) for o in groups if o.key_or_group != wrong]
+    chosen = [
+        _typed(o)
+        for o in parsed
+        if (conf / o.key_or_group).is_dir() and o.key_or_group != wrong
+    ]
     for overrides in (chosen, []):
         with suppress(Exception):
             GlobalHydra.instance().clear()

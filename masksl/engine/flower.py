@@ -105,7 +105,11 @@ def _simulate(
             "num_gpus": options.gpus_per_client,
         }
         # Without an address Ray would join a cluster that it finds on this machine.
-        ray = {"address": "local", "log_to_driver": False, "logging_level": "ERROR"}
+        ray: dict[str, Any] = {
+            "address": "local",
+            "log_to_driver": False,
+            "logging_level": "ERROR",
+        }
         with closed():
             run_simulation(
                 server_app=build(),

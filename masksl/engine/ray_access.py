@@ -17,8 +17,13 @@ from contextlib import contextmanager
 
 import grpc
 from ray._private import grpc_utils, ray_constants, services
-from ray._raylet import AuthenticationTokenLoader, Config
-from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationTokenLoader,
+    Config,
+)
+from ray.core.generated.gcs_service_pb2 import (  # type: ignore[attr-defined]
+    GetClusterIdRequest,
+)
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
@@ -144,7 +149,7 @@ def _refuses(address: str, *, with_token: bool) -> bool:
     loader = AuthenticationTokenLoader.instance()
     header = loader.get_token_for_http_header(ignore_auth_mode=True)
     metadata = list(header.items()) if with_token else None
-    target = services.canonicalize_bootstrap_address(address)
+    target = services.canonicalize_bootstrap_address(address) or address
     with grpc_utils.init_grpc_channel(target) as channel:
         gcs = NodeInfoGcsServiceStub(channel)
         try:

@@ -113,8 +113,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder, made if it is missing, so that no other run uses it.
 
     The operating system releases it when the process ends, however it ends. A process
-    that holds the folder may enter again. If it is made here and empty at the end, it is
-    removed.
+    that holds the folder may enter again. A folder that is made here is removed if it
+    is empty at the end.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -253,7 +254,7 @@ def scaled(values: Floats, scale: float | None, dtype: int) -> Floats:
         return values
     largest = {1: 65504.0, 2: 3.3895313892515355e38, 3: float(np.finfo("f4").max)}
     most = largest.get(dtype, np.finfo("f8").max)
-    kind = np.float64 if dtype == FLOAT64 else np.float32
+    kind: Any = np.float64 if dtype == FLOAT64 else np.float32
     with np.errstate(over="ignore"):
         product = values.astype(kind) * kind(scale)
     return to_type(np.clip(product, -kind(most), kind(most)), dtype)

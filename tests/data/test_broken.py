@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from masksl import dataset
+from masksl.data.images import FileImages
 from masksl.dataset import DATASETS, DatasetConfig, DatasetError, TensorImages, load
 from masksl.runtime.messages import RunError
 from tests.conftest import ROOT, train
@@ -53,6 +54,7 @@ def make_mnist(root: Path) -> Path:
 def test_a_whole_mnist_is_read(tmp_path: Path) -> None:
     make_mnist(tmp_path)
     data = load(DatasetConfig(name="mnist", root=str(tmp_path), download=False))
+    assert isinstance(data.train, TensorImages)
     assert data.train.images.shape == (30, 1, 28, 28)
     assert data.test.labels.tolist() == list(range(10))
 
@@ -187,6 +189,7 @@ def test_stray_files_are_skipped(name: str, tmp_path: Path) -> None:
     dataset._read.cache_clear()
     littered = load(config)
     for ours, theirs in ((littered.train, clean.train), (littered.test, clean.test)):
+        assert isinstance(ours, FileImages) and isinstance(theirs, FileImages)
         assert list(ours.paths) == list(theirs.paths)
         assert torch.equal(ours.labels, theirs.labels)
     littered.train_batch(torch.arange(len(littered.train.labels)), torch.Generator())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,17 @@ def left_behind(folder: Path, seconds: float = 15) -> list[str]:
     return left
 
 
-def listening(processes: list[Any]) -> dict[int, set[str]]:
+def listening(processes: list[Any]) -> dict[int, set[IPv4Address | IPv6Address]]:
     """Return the addresses on which each of the processes listens."""
-    found: dict[int, set[str]] = {}
+    found: dict[int, set[IPv4Address | IPv6Address]] = {}
     for process in processes:
         with suppress(psutil.Error):
             for connection in process.net_connections(kind="inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(process.pid, set()).add(connection.laddr.ip)
+                    address = ip_address(connection.laddr.ip)
+                    # gRPC listens on ::ffff:127.0.0.1, which is 127.0.0.1
+                    address = getattr(address, "ipv4_mapped", None) or address
+                    found.setdefault(process.pid, set()).add(address)
     return found
 
 

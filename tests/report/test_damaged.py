@@ -56,6 +56,7 @@ COMMANDS = [name for name in REPORTS if name != "figure2"] + [PLOT]
 
 
 def arguments_of(name: str, folder: Path) -> list[str]:
+    """Return the command line of a report."""
     return [name, str(folder), *(["--x", "round", "--y", "top1"] * (name == PLOT))]
 
 
@@ -121,9 +122,8 @@ def test_reports_that_cannot_be_written_are_one_line(
 ) -> None:
     (runs / "runs.md.part").symlink_to("/dev/full")
     line = report("runs", str(runs))
-    assert line == f"masksl: {runs}/runs.md: cannot be written: " + (
-        "No space left on device"
-    )
+    path = runs / "runs.md"
+    assert line == f"masksl: {path}: cannot be written: No space left on device"
     (runs / "file").write_text("")
     line = report("runs", str(runs / "none"), "--into", str(runs / "file/into"))
     assert line.startswith(f"masksl: {runs}/file/into")

@@ -32,8 +32,11 @@ def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start the program, with its output in pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", "masksl.main", *overrides],
-        **{"cwd": cwd, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -42,7 +45,9 @@ def held(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Let another process hold a run folder."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)],
-        **{"cwd": ROOT, "stdout": subprocess.PIPE, "text": True},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -105,7 +110,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own() -> None:
 
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_refused_run_leaves_no_folder(sweep: bool, tmp_path: Path) -> None:
-    overrides = ["batch_size=0", *(["--multirun", "seed=1,2"] if sweep else [])]
+    overrides = [*(["--multirun", "seed=1,2"] if sweep else []), "batch_size=0"]
     process = start(*overrides, cwd=tmp_path)
     _, error = process.communicate(timeout=100)
     assert process.returncode == 1
@@ -150,10 +155,6 @@ WRITES: dict[str, tuple[str, Callable[[results.RunFolder], None]]] = {
     "events.jsonl": ("events.jsonl", lambda run_: run_.add_event({"event": "x"})),
     "curves.png": ("curves.png.part", lambda run_: run_.finish({})),
     "summary.json": ("summary.json.part", lambda run_: run_.finish({})),
-    "checkpoint/round-0002.safetensors": (
-        "checkpoint/round-0002.safetensors.part",
-        lambda run_: checkpoint.write(run_.path, TENSORS, {"round": 2}),
-    ),
     "checkpoint/state.json": (
         "checkpoint/state.json.part",
         lambda run_: checkpoint.write(run_.path, TENSORS, {"round": 2}),
@@ -176,9 +177,8 @@ def test_a_full_disk_is_one_line_with_the_path(name: str, tmp_path: Path) -> Non
     assert message.startswith(f"{tmp_path / name}: cannot be written: ")
     assert "No space left on device" in message
     assert "\n" not in message
-    assert not (tmp_path / name).is_file()
-    if name != "checkpoint/state.json":  # the link stands in for its old content
-        assert checkpoint.read(tmp_path)[1] == {"round": 1}
+    assert not list(tmp_path.glob("**/*.part"))
+    assert checkpoint.read(tmp_path)[1] == {"round": 1}
 
 
 def limited(limit: int) -> Callable[[], None]:
@@ -196,21 +196,51 @@ def test_rows_are_whole_or_not_there(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         preexec_fn=limited(100),
     )
     path = tmp_path / results.METRICS
     assert done.stdout == f"{path}: cannot be written: File too large\n"
-    assert [row["round"] for row in results.read_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [row["round"] for row in results.read_rows(tmp_path)] == [*range(1, 8)]
     assert path.read_bytes().endswith(b"\n")
 
 
+def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path\n"
+        "from masksl.runtime import checkpoint, folder\n"
+        "path = Path(sys.argv[1])\n"
+        "checkpoint.write(path, {'w': torch.ones(10)}, {'round': 1})\n"
+        "try: checkpoint.write(path, {'w': torch.ones(9000)}, {'round': 2})\n"
+        "except folder.FolderError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=limited(20_000),
+    )
+    (line,) = done.stdout.splitlines()
+    path = tmp_path / "checkpoint/round-0002.safetensors"
+    assert line.startswith(f"{path}: cannot be written: ")
+    assert "File too large" in line
+    assert checkpoint.read(tmp_path)[1] == {"round": 1}
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 2
+
+
 def test_a_program_on_a_full_disk_ends_in_one_line(tmp_path: Path) -> None:
-    """The checkpoint before stays, and the run goes on from it elsewhere."""
     command = [sys.executable, "-m", "masksl.main", *QUICK]
     done = subprocess.run(
         [*command, f"hydra.run.dir={tmp_path}/run"],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "check": False},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         preexec_fn=limited(70_000),
         timeout=200,
     )
