@@ -96,15 +96,27 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def processes(*words: str) -> list[str]:
-    """Return the command lines with one of these words, without zombies."""
+    """Return the command lines with one of these words, without zombies.
+
+    Those alone that were started here: tests of another copy may run at the same time.
+    """
     listed = subprocess.run(
-        ["ps", "-eww", "-o", "stat,pid,args"],
+        ["ps", "-eww", "-o", "stat=,pid=,args="],
         capture_output=True,
         text=True,
         check=True,
     )
     lines = [line for line in listed.stdout.splitlines() if not line.startswith("Z")]
-    return [line for line in lines if any(word in line for word in words)]
+    found = [line for line in lines if any(word in line for word in words)]
+    return [line for line in found if _folder(line.split()[1]) in (ROOT, Path.cwd())]
+
+
+def _folder(pid: str) -> Path | None:
+    """Return the folder in which a process runs, None if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except FileNotFoundError:
+        return None
 
 
 LONG = ("ray", "test_sweep", "test_split", "test_compress", "test_checkpoint")
