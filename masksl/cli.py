@@ -103,6 +103,7 @@ def in_one_line(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(1)
 
 
+# pylint: disable-next=too-many-return-statements
 def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     """Return in one line why Hydra refuses overrides.
 

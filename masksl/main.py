@@ -14,7 +14,7 @@ from masksl import signals
 if __name__ == "__main__":
     signals.end_at_once()  # first: the imports below take seconds
 
-# pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-position,wrong-import-order,ungrouped-imports
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf

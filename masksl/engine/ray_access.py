@@ -15,6 +15,8 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Compiled modules, which show their names to nobody.
+# pylint: disable=no-name-in-module,no-member
 import grpc
 from ray._private import grpc_utils, ray_constants, services
 from ray._raylet import (  # type: ignore[attr-defined]

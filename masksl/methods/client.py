@@ -47,9 +47,9 @@ MODEL = "model"
 
 Handler = Callable[["Client", RecordDict], RecordDict]
 
+# Errors of a handler that end the run, see `Client.survives`. Others leave the client
+# out.
 FATAL = (DatasetError, FrameError, NotFiniteError)
-"""Errors of a handler that end the run, see `Client.survives`; others leave the client
-out."""
 
 
 @dataclass(frozen=True)
