@@ -12,7 +12,7 @@ TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 # Two processes that run tests suit a machine of two cores: most tests compute.
 WORKERS ?= 2
 PYTEST := $(POETRY) run pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-SOURCES := masksl hydra_plugins scripts tests
+SOURCES := masksl hydra_plugins scripts tests examples
 FLOWER_FILES := client_app dataset model server_app strategy utils
 
 # An environment that is active where make is called is not the project's.

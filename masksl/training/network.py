@@ -1,5 +1,6 @@
 """A network, or a part of one, with tensors of its own."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -153,6 +154,7 @@ class LocalNetwork:
         *,
         lr: float,
         seed: int,
+        correct: Callable[[Tensors], None] | None = None,
     ) -> float:
         """Take one optimiser step of a whole network on the mean loss of a mini-batch.
 
@@ -168,6 +170,8 @@ class LocalNetwork:
             Learning rate of this round.
         seed : int
             Seed of dropout.
+        correct : Callable[[dict[str, torch.Tensor]], None] | None
+            Changes the gradients in place before the step.
 
         Returns
         -------
@@ -182,7 +186,11 @@ class LocalNetwork:
         if not loss.isfinite():
             self._output = None
             return loss.item()
-        self.step(self.backward(gradient), config, lr)
+        gradients = self.backward(gradient)
+        if correct is not None:
+            with torch.no_grad(), self._compute():
+                correct(gradients)
+        self.step(gradients, config, lr)
         return loss.item()
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:

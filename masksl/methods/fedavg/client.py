@@ -1,6 +1,8 @@
 """The client side of federated averaging."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from flwr.app import RecordDict
 from torch import nn
@@ -22,17 +24,33 @@ from masksl.training.schedule import Rates
 from masksl.training.score import Score, score
 from masksl.training.tensors import Tensors, copies
 
+Correct = Callable[[Client, Tensors, Tensors, Tensors], None]
 
-def train(client: Client, content: RecordDict) -> RecordDict:
-    """Answer `train.local`: train, then send the new model or the difference."""
-    place = place_of(content)
-    rounds = int(messages.place_of(content)["rounds"])
+
+def train(
+    client: Client, content: RecordDict, correct: Correct | None = None
+) -> RecordDict:
+    """Answer `train.local`: train, then send the new model or the difference.
+
+    Parameters
+    ----------
+    client : Client
+        The client.
+    content : RecordDict
+        Content of the message.
+    correct : Callable[[Client, Tensors, Tensors, Tensors], None] | None
+        Of a method that differs from federated averaging in its local gradients alone:
+        changes them in place before every local step, given the client, the tensors of
+        its network, those that the round began with, and the gradients.
+    """
+    place, rounds = place_of(content), int(messages.place_of(content)["rounds"])
     client.receive(content, shared=True)
     start = _model(client)
     with client.watch("compute"):
         network = _network(client, copies(start))
+        own = correct and partial(correct, client, network.tensors, start)
         rates = client.setup.rates(place.round, rounds)
-        loss, samples = run_epochs(client, network, rates)
+        loss, samples = run_epochs(client, network, rates, own)
     client.state.pop(MODEL, None)  # the next message brings a new one
     reply = RecordDict()
     with client.watch("codec"):
@@ -53,9 +71,14 @@ def train(client: Client, content: RecordDict) -> RecordDict:
 
 
 def run_epochs(
-    client: Client, network: LocalNetwork, rates: Rates
+    client: Client,
+    network: LocalNetwork,
+    rates: Rates,
+    correct: Callable[[Tensors], None] | None = None,
 ) -> tuple[float, int]:
     """Train for the local epochs of a round.
+
+    ``correct`` changes the gradients of every step; see `LocalNetwork.train`.
 
     Returns
     -------
@@ -78,6 +101,7 @@ def run_epochs(
             client.setup.optimizer,
             lr=rates.at(step, steps),
             seed=client.seed("dropout.client", here),
+            correct=correct,
         )
         if not math.isfinite(loss):
             raise NotFiniteError(f"loss of local step {step} not finite")
