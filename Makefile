@@ -11,7 +11,7 @@ TEST_ENV := FLWR_TELEMETRY_ENABLED=0 RAY_USAGE_STATS_ENABLED=0 \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg
 # Two processes that run tests suit a machine of two cores: most tests compute.
 WORKERS ?= 2
-PYTEST := $(POETRY) run pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(POETRY) run pytest -n $(WORKERS)
 SOURCES := masksl hydra_plugins scripts tests examples
 FLOWER_FILES := client_app dataset model server_app strategy utils
 

@@ -119,27 +119,46 @@ def _folder(pid: str) -> Path | None:
         return None
 
 
-LONG = ("ray", "test_sweep", "test_split", "test_compress", "test_checkpoint")
+RAY = (
+    *("tests/engine/", "tests/runtime/test_faults.py", "tests/test_flwr_run.py"),
+    *("tests/methods/fedavg/test_fedavg_runs.py", "tests/test_plugin"),
+    "tests/test_main.py::test_the_default_job",
+    "tests/runtime/test_checkpoint.py::test_a_run_can_be_prolonged",
+    "tests/runtime/test_checkpoint.py::test_the_whole_program_killed",
+)
+"""How the names of tests begin that start Ray."""
+LONG = ("ray", "tests/test_sweep.py", "tests/methods/split/test_split.py")
+
+
+def group_of(name: str) -> str:
+    """Return the group of a test: all of a group run in one process, in their order.
+
+    Tests that start Ray are one group, because some look for processes that a run left
+    behind. The others of a module are a group, because they share runs.
+    """
+    return "ray" if name.startswith(RAY) else name.split("::", 1)[0]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that one process of pytest-xdist runs, one after the other.
+    """Put tests together by groups, those first that take long."""
+    groups = dict.fromkeys([*LONG, *(group_of(item.nodeid) for item in items)])
+    places = {name: place for place, name in enumerate(groups)}
+    items.sort(key=lambda item: places[group_of(item.nodeid)])
 
-    Tests that start Ray are one group, because some look for processes that a run left
-    behind. The others of a module are a group, because they share runs. Groups that
-    take long begin first, so that all processes end at about the same time.
-    """
-    groups = {}
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        mark = item.get_closest_marker("xdist_group")
-        assert mark is not None
-        groups[item] = mark.args[0]
-    order = dict.fromkeys([*LONG, *groups.values()])
-    places = {name: place for place, name in enumerate(order)}
-    items.sort(key=lambda item: places[groups[item]])
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole groups to the processes of pytest-xdist, in the order of the tests."""
+    # pylint: disable-next=import-outside-toplevel
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

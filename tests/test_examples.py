@@ -68,7 +68,7 @@ def digits() -> dict[str, np.ndarray]:
 def write_arrays(folder: Path) -> None:
     """Write what `examples/dataset` reads."""
     (folder / "arrays").mkdir()
-    np.savez(folder / "arrays/my_dataset.npz", **digits())
+    np.savez(folder / "arrays/my_dataset.npz", **digits())  # type: ignore[arg-type]
 
 
 def write_hub(folder: Path) -> None:
@@ -199,7 +199,8 @@ def test_no_element_is_off_by_more_than_half_a_step(
     named = {"a": torch.randn(3), "b": torch.randn(2, 2)}
     decoded = decode_set(encode_set(named, make("mine")), named)
     assert all(torch.allclose(decoded[key], named[key], atol=0.02) for key in named)
-    for steps in (0, 128, 1.0):
+    bad: tuple[Any, ...] = (0, 128, 1.0)
+    for steps in bad:
         with pytest.raises(ValueError, match="steps="):
             make("mine", steps=steps)
 
@@ -227,7 +228,7 @@ def test_a_broken_file_of_the_data_set_is_one_line(
             dataset.load(DatasetConfig(name="mine", root=str(tmp_path)))
         assert "\n" not in str(caught.value)
     arrays = digits()
-    np.savez(path, **(arrays | {"test_y": arrays["test_y"][:-1]}))
+    np.savez(path, **(arrays | {"test_y": arrays["test_y"][:-1]}))  # type: ignore
     with pytest.raises(DatasetError, match="test set: 99 labels of 100 images"):
         dataset.load(DatasetConfig(name="mine", root=str(tmp_path)))
 

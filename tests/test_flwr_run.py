@@ -12,8 +12,6 @@ import pytest
 
 from tests.conftest import ROOT, train
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 FLWR = Path(sys.executable).with_name("flwr")
 OVERRIDES = 'overrides="rounds=1 compressor=qu federation=paper"'
 

@@ -65,7 +65,6 @@ def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     assert len(png) > 10_000
 
 
-@pytest.mark.xdist_group("ray")
 def test_the_default_job_reaches_95_percent(tmp_path: Path) -> None:
     """All of it, Ray included; how long it may take is for the README."""
     done = masksl(f"hydra.run.dir={tmp_path}")

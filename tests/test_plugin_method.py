@@ -11,8 +11,6 @@ from masksl.engine.options import ENGINES
 from masksl.runtime import results
 from tests.conftest import ROOT, untimed
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 MODULE = '''
 """Local training: clients train the whole network, the server averages models."""
 

@@ -11,8 +11,6 @@ from masksl.engine import ENGINES
 from masksl.runtime import results
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 MODULE = '''
 """A compressor that sends every element as its sign and the mean magnitude."""
 

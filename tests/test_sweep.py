@@ -21,7 +21,7 @@ from tests.conftest import ROOT, processes
 
 SWEEP = (
     *("--multirun", "experiment=table1_small", "dataset=digits", "model=small_cnn"),
-    *("rounds=6", "dataset.limit=null", "dataset.test_limit=60", "target=0.3"),
+    *("rounds=6", "dataset.limit=600", "dataset.test_limit=60", "target=0.3"),
     *("clients=3", "cut=shallow,medium", "compressor=none,ms_context", "seed=1"),
 )
 RUNS = 3  # uncompressed only at the shallow cut

@@ -1,7 +1,6 @@
 """FedProx (Li et al., 2020): local steps are drawn back to the model of the round."""
 
 from functools import partial
-from typing import Literal
 
 from pydantic import Field
 
@@ -14,7 +13,7 @@ from masksl.methods.fedavg import client as fedavg
 class FedProxConfig(FedAvgConfig):
     """The keys of federated averaging, and the weight of the proximal term."""
 
-    name: Literal["fedprox"] = Field("fedprox", description="fedprox")
+    name: str = Field("fedprox", description="fedprox")
     mu: float = Field(0.01, ge=0, description="a number from 0 on")
 
 

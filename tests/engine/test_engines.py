@@ -16,8 +16,6 @@ from masksl.settings import Settings
 from tests.conftest import settings_of, untimed
 from tests.engine.ray_runs import left_behind, program, ray_folder
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 FORWARD, BACKWARD = "train.forward", "train.backward"
 SMALL = ("rounds=2", "clients=3", "dataset.limit=150", "dataset.test_limit=60")
 

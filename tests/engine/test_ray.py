@@ -20,8 +20,6 @@ from masksl.runtime import results
 from tests.conftest import ROOT, settings_of, train, untimed
 from tests.engine.ray_runs import left_behind, ray_folder
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SMALL = ("rounds=2", "clients=5", "dataset.limit=230", "dataset.test_limit=60")
 
 

@@ -108,7 +108,6 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     assert len(rows) == 5
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_run_can_be_prolonged_and_change_its_engine(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", *SMALL)
     run(tmp_path / "short", *SMALL, "rounds=2", "checkpoint.every=5")
@@ -223,7 +222,6 @@ def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_the_whole_program_killed_at_five_moments(engine: str, tmp_path: Path) -> None:
     overrides = (*SMALL, "rounds=40", f"engine={engine}", "client_sync=never")

@@ -19,8 +19,6 @@ from masksl.runtime import results
 from masksl.runtime.messages import RunError
 from tests.conftest import prepare, settings_of, train, untimed
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SMALL = ("rounds=3", "clients=4", "dataset.limit=184", "dataset.test_limit=40")
 FAULTY = (*SMALL, "plugins=[tests.plugin_faults]")
 KILLED = (*SMALL, "plugins=[tests.plugin_faults,tests.plugin_kill]")

@@ -25,7 +25,7 @@ class FedAvgConfig(Section):
 
     unused_slots: ClassVar[tuple[str, ...]] = ("gradient_compressor",)
 
-    name: Literal["fedavg"] = Field("fedavg", description="fedavg")
+    name: str = Field("fedavg", description="fedavg")
     local_epochs: int = Field(1, ge=1, description="a whole number from 1 on")
     server_lr: float = Field(
         1.0, gt=0, le=1e30, description="a number greater than 0 and at most 1e30"

@@ -15,8 +15,6 @@ from masksl.runtime import checkpoint, results
 from tests.conftest import settings_of, untimed
 from tests.runtime.test_checkpoint import run, run_until
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 SMALL = (
     *("method=fedavg", "rounds=4", "clients=4", "dataset.limit=130"),
     *("dataset.test_limit=40", "threads.server=1"),
