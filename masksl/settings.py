@@ -174,8 +174,8 @@ def shortened(text: str, most: int = 100) -> str:
 def among(word: str, known: Iterable[str]) -> str:
     """Say which words are known: near ones, else those of the same section.
 
-    >>> among("optimizer.lt", ["rounds", "optimizer.lr", "optimizer.eps"])
-    'a known name, near ones: optimizer.lr'
+    >>> among("optimizer.ebs", ["rounds", "optimizer.lr", "optimizer.eps"])
+    'a known name, near ones: optimizer.eps'
     >>> among("optimizer.zeta", ["rounds", "optimizer.lr", "optimizer.eps"])
     'one of optimizer.lr, optimizer.eps'
     """

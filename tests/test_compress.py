@@ -562,6 +562,7 @@ def not_dense() -> list[tuple[object, str]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype):UserWarning")
 @pytest.mark.parametrize("name", [*FLOATING, "mask"])
 def test_what_is_no_dense_tensor_is_refused(name: str) -> None:
     for bad, message in not_dense():

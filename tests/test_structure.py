@@ -26,7 +26,15 @@ IMPORTS: dict[str, set[str]] = {
     "data": {"data", "utils"},
     "dataset": {"data", "utils"},
     "runtime": {
-        *("runtime", "compress", "codec", "settings", "training.score", "utils"),
+        *(
+            "runtime",
+            "compress",
+            "codec",
+            "settings",
+            "training.schedule",
+            "training.score",
+            "utils",
+        ),
     },
     # the configurations alone
     "methods": {"methods.fedavg", "methods.split", "settings"},

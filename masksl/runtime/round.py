@@ -56,9 +56,14 @@ class Round:
     checks: list[dict[str, float]] = field(default_factory=list)
     _failed: set[tuple[int, str]] = field(default_factory=set)
 
-    def lr(self, step: int = 0) -> float:
-        """Return the learning rate of a step."""
-        return self.rates.at(step, self.steps)
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first step."""
+        return self.lr_at(0)
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, from 0 on."""
+        return self.rates.at(step, max(1, self.steps))
 
     # pylint: disable-next=too-many-arguments
     def exchange(

@@ -24,7 +24,7 @@ def make_row(round_: Round, own: Mapping[str, Any], seconds: float) -> dict[str,
     traffic = round_.manager.ledger.round
     return {
         "round": round_.number,
-        "lr": round_.lr(),
+        "lr": round_.lr,
         "loss": round_.loss / round_.samples if round_.samples else None,
         **round_.score.means(),
         "steps": round_.steps,

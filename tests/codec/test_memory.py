@@ -17,7 +17,7 @@ from tests.conftest import run_alone
 
 SHAPE = (64, 16, 64, 64)
 ELEMENTS = 2**22
-CONSTANT = 2**22  # bytes, of whatever size the tensor is
+CONSTANT = 2**23  # bytes, of whatever size the tensor is
 
 
 def check() -> None:

@@ -20,7 +20,7 @@ def table(folder: Path, x: str, y: str, **arguments: Any) -> list[dict[str, str]
     """Return the values that a plot writes beside the image."""
     *_, image, values = plot(folder, x, y, arguments.get("into"))
     assert Path(image).stat().st_size > 5_000
-    return list(csv.DictReader(Path(values).read_text().splitlines()))
+    return list(csv.DictReader(Path(values).read_text("utf-8").splitlines()))
 
 
 def test_columns_of_all_runs_are_drawn(tmp_path: Path) -> None:

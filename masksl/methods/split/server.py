@@ -176,7 +176,7 @@ class SplitServer(ServerMethod):
         place: dict[str, Any] = {
             "round": round_.number,
             "step": step,
-            "lr": round_.lr(step),
+            "lr": round_.lr_at(step),
             "last": step == self.train_steps(client) - 1,
         }
         return RecordDict({messages.PLACE: ConfigRecord(place)})
@@ -213,7 +213,7 @@ class SplitServer(ServerMethod):
         seed = round_.seed("dropout.server", step=step)
         with round_.watch("server"):
             loss, gradients = self.half.step(
-                activations, labels, lr=round_.lr(step), seed=seed
+                activations, labels, lr=round_.lr_at(step), seed=seed
             )
         round_.add_loss(loss, sum(map(len, labels)))
         return gradients, loss
@@ -253,7 +253,7 @@ class SplitServer(ServerMethod):
         elif received and self.shared is not None:
             samples = [sizes[number] for number in received]
             mean = average(list(received.values()), samples)
-            self.shared.step(mean, self.optimizer, round_.lr(step))
+            self.shared.step(mean, self.optimizer, round_.lr_at(step))
 
     # --- evaluation -------------------------------------------------------------------
 
