@@ -119,14 +119,15 @@ def _folder(pid: str) -> Path | None:
         return None
 
 
+# How the names of tests begin that start Ray.
 RAY = (
     *("tests/engine/", "tests/runtime/test_faults.py", "tests/test_flwr_run.py"),
     *("tests/methods/fedavg/test_fedavg_runs.py", "tests/test_plugin"),
     "tests/test_main.py::test_the_default_job",
     "tests/runtime/test_checkpoint.py::test_a_run_can_be_prolonged",
     "tests/runtime/test_checkpoint.py::test_the_whole_program_killed",
+    "tests/training/test_optimizer.py::test_split_learning_with_adam_is_resumed",
 )
-"""How the names of tests begin that start Ray."""
 LONG = ("ray", "tests/test_sweep.py", "tests/methods/split/test_split.py")
 
 
