@@ -45,6 +45,14 @@ class Program:
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
+    def names(self) -> list[str]:
+        """Return the names of the processes of the tree."""
+        found = []
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                found.append(process.name())
+        return found
+
 
 @contextmanager
 def program(*overrides: str) -> Iterator[Program]:

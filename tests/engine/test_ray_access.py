@@ -204,7 +204,7 @@ def test_a_cluster_that_does_not_fit_the_token_is_refused(
 )
 def test_an_interrupt_while_ray_starts_leaves_no_process(sign: str) -> None:
     with program("engine=ray", "rounds=500") as starting:
-        while not any(process.name() == sign for process in starting.tree()):
+        while sign not in starting.names():
             assert starting.process.poll() is None, starting.output
         starting.process.send_signal(signal.SIGINT)
         assert starting.process.wait(15) == 130
