@@ -5,7 +5,6 @@ Hydra explains its errors in many lines, and often advises against this configur
 """
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from hydra.main import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from masksl import signals
 from masksl.settings import ConfigError, among, shortened, shown
 
 _GRAMMAR = "KEY=VALUE, +KEY=VALUE or ~KEY, with quotes around special characters"
@@ -79,10 +79,8 @@ def start(task: Callable[[], Any], conf: Path) -> None:
         task()
     except Exception as error:  # pylint: disable=broad-exception-caught
         # Hydra raised it, whatever it is: the task ends the program on its own errors.
-        if isinstance(error, OSError) and not isinstance(error, HydraException):
-            # The name of an option can be too long for a file.
-            if error.errno != errno.ENAMETOOLONG:
-                _refuse(_unwritable(error, arguments))
+        if _is_of_folder(error):
+            _refuse(_unwritable(error, arguments))
         _refuse(explain(error, arguments.overrides, conf))
 
 
@@ -92,12 +90,14 @@ def in_one_line(*errors: type[Exception]) -> Iterator[None]:
 
     Any other exception is a fault of the program, and is shown with its traceback.
     """
-    refused: tuple[type[Exception], ...] = (*errors, OSError)
+    expected: tuple[type[Exception], ...] = (*errors, OSError)
     try:
         yield
-    except refused as error:
+    except expected as error:
         _refuse(error)
     except Exception:  # pylint: disable=broad-exception-caught
+        if signals.came():
+            sys.exit(1)
         # Hydra would shorten the traceback, and end in a line about itself.
         traceback.print_exc()
         sys.exit(1)
@@ -125,7 +125,7 @@ def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     if isinstance(error, OmegaConfBaseException):
         reason = f"that can be resolved ({text.partition(' full_key:')[0]})"
         return f"{error.full_key}: must be a value {reason}"
-    if "group override must be" in text:
+    if "group override must be" in text or "File name too long" in text:
         return _explain_group(parsed, conf, text)
     for pattern, explained in _EXPLAINED.items():
         if (match := re.match(pattern, text)) is not None:
@@ -134,13 +134,13 @@ def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     if named is not None:
         key = named[2]
         typed = [_typed(o) for o in parsed if o.key_or_group == key] or [key]
-        return (
-            f"{shortened(typed[-1])}: must be {among(key, _known(parsed, key, conf))}"
-        )
-    if hydras := [
-        _typed(o) for o in parsed if o.is_hydra_override() and o.key_or_group in text
-    ]:
-        return f"{shortened(' '.join(hydras))}: must be what Hydra takes ({text})"
+        allowed = among(key, _known(parsed, key, conf))
+        return f"{shortened(typed[-1])}: must be {allowed}"
+    hydras = [o for o in parsed if o.is_hydra_override()]
+    if hydras := [o for o in hydras if o.key_or_group in text] or hydras:
+        if "--" not in text:
+            given = shortened(" ".join(map(_typed, hydras)))
+            return f"{given}: must be what Hydra takes ({shortened(text, 300)})"
     return shortened(text, 300)
 
 
@@ -150,8 +150,8 @@ def _explain_missing(
     """Return in one line which option of a group is missing."""
     file = str(error.missing_cfg_file)
     if not error.options:
-        reason = text.partition("Config search path:")[0].partition(". Check")[0]
-        return f"{file}: must be a file of the configuration ({reason.strip()})"
+        reason = text.partition(". Check")[0]
+        return f"{shown(file)}: must be a file of the configuration ({reason})"
     group, _, option = file.rpartition("/")
     chosen = [_typed(o) for o in parsed if o.key_or_group == group]
     typed = chosen[-1] if chosen else f"{group}={option}"
@@ -161,11 +161,12 @@ def _explain_missing(
 def _explain_group(parsed: Iterable[Override], conf: Path, text: str) -> str:
     """Return in one line that a group got a value that names none of its options."""
     for override in parsed:
-        folder = conf / override.key_or_group
-        if folder.is_dir() and not isinstance(override.value(), (str, list)):
+        folder, value = conf / override.key_or_group, override.value()
+        named = isinstance(value, (str, list)) and len(value) < 200
+        if folder.is_dir() and not named:
             options = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
-            return f"{_typed(override)}: must be one of {', '.join(options)}"
-    return text
+            return f"{shortened(_typed(override))}: must be one of {', '.join(options)}"
+    return shortened(text, 300)
 
 
 # --- parts of an explanation ----------------------------------------------------------
@@ -229,12 +230,15 @@ def _arguments(typed: Sequence[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         line = f"{error.argument_name}: {error.message}"
         raise ConfigError(shortened(line, 300)) from None
-    rerun, folder = arguments.experimental_rerun, arguments.config_dir
+    rerun = arguments.experimental_rerun
     if rerun is not None:
         allowed = "left out: no file of this program is pickled"
         raise ConfigError.of("--experimental-rerun", rerun, allowed)
-    if folder is not None and not Path(folder).is_dir():
-        raise ConfigError.of("--config-dir", folder, "a folder")
+    path, more = arguments.config_path, arguments.config_dir
+    if path is not None and path.startswith("/") and not Path(path).is_dir():
+        raise ConfigError.of("--config-path", path, "a folder")
+    if more is not None and not Path(more).is_dir():
+        raise ConfigError.of("--config-dir", more, "a folder")
     if unknown and unknown[0].startswith("-"):
         allowed = among(unknown[0], re.findall(r"--[a-z-]+", parser.format_usage()))
         raise ConfigError(f"{shortened(unknown[0])}: must be {allowed}")
@@ -244,7 +248,14 @@ def _arguments(typed: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _unwritable(error: OSError, arguments: argparse.Namespace) -> str:
+def _is_of_folder(error: Exception) -> bool:
+    """Return whether a run folder failed, rather than a file of a configuration."""
+    if isinstance(error, HydraException) or not isinstance(error, OSError):
+        return False
+    return not str(error.filename).endswith(".yaml")
+
+
+def _unwritable(error: Any, arguments: argparse.Namespace) -> str:
     """Return in one line that the folder of a run or of a sweep cannot be written."""
     multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -256,7 +267,8 @@ def _unwritable(error: OSError, arguments: argparse.Namespace) -> str:
 
 def _refuse(reason: object) -> NoReturn:
     """Say in one line why the program ends; Hydra's ``hydra.verbose`` adds the rest."""
-    line = " ".join(str(reason).split()) or type(reason).__name__
-    print(f"masksl: {shortened(line, 2000)}", file=sys.stderr)
-    logger.debug("the whole error:", exc_info=True)
+    if not signals.came():  # a signal has its own line, and can make much fail
+        line = " ".join(str(reason).split()) or type(reason).__name__
+        print(f"masksl: {shortened(line, 2000)}", file=sys.stderr)
+        logger.debug("the whole error:", exc_info=True)
     sys.exit(1)

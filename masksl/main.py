@@ -145,6 +145,9 @@ def program() -> None:
     signals.unwind()
     try:
         cli.start(main, config.CONF)
+    except SystemExit as error:
+        signals.take_over(error)
+        raise
     finally:
         if signals.came():
             signals.end(engine.stop)

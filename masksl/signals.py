@@ -66,6 +66,15 @@ def came() -> bool:
     return _state.number is not None
 
 
+def take_over(error: SystemExit) -> None:
+    """Take the exit of Ray's handler of SIGTERM as that signal.
+
+    Ray sets its handler while it starts. This program exits with 0 or 1 otherwise.
+    """
+    if error.code == signal.SIGTERM and not came():
+        _note(signal.SIGTERM)
+
+
 @contextmanager
 def guarded(seconds: float, clean_up: Callable[[], Any]) -> Iterator[None]:
     """Be sure that a signal ends the program, even if a library suppresses `Stopped`.

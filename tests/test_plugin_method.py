@@ -155,7 +155,7 @@ def run(
 
 @pytest.mark.parametrize(
     "engine",
-    [pytest.param(e, marks=pytest.mark.slow) if e == "flower" else e for e in ENGINES],
+    [e if e == "local" else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES],
 )
 def test_a_method_of_ones_own(engine: str, tmp_path: Path) -> None:
     """It trains on every engine; its client state survives a kill."""

@@ -47,7 +47,7 @@ IMPORTS: dict[str, set[str]] = {
         *("runtime.ledger", "runtime.compressors", "runtime.tracking", "settings"),
         "cli",
     },
-    "cli": {"settings"},
+    "cli": {"settings", "signals"},
     "client_app": {"methods.base", "runtime", "settings"},
     "server_app": {
         *("config", "methods", "methods.base", "runtime", "settings", "strategy"),

@@ -203,8 +203,10 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
 @pytest.mark.parametrize(
     ("name", "end"),
     [
-        *((name, signal.SIGINT) for name in engine.ENGINES),
+        ("local", signal.SIGINT),
         ("local", signal.SIGTERM),
+        ("ray", signal.SIGINT),
+        pytest.param("flower", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )

@@ -42,7 +42,10 @@ def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
         (2, ("client_sync=step",)),
         (3, ("client_sync=never", "dataset.partition=dirichlet")),
         (3, ("fraction=0.5", "client_sync=round", "compressor=qu")),
-        (7, ("fraction=0.5", "client_sync=step", "gradient_compressor=qu")),
+        pytest.param(
+            *(7, ("fraction=0.5", "client_sync=step", "gradient_compressor=qu")),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hosts_change_nothing(
