@@ -228,7 +228,7 @@ def test_a_broken_file_of_the_data_set_is_one_line(
             dataset.load(DatasetConfig(name="mine", root=str(tmp_path)))
         assert "\n" not in str(caught.value)
     arrays = digits()
-    np.savez(path, **(arrays | {"test_y": arrays["test_y"][:-1]}))  # type: ignore
+    np.savez(path, **(arrays | {"test_y": arrays["test_y"][:-1]}))  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match="test set: 99 labels of 100 images"):
         dataset.load(DatasetConfig(name="mine", root=str(tmp_path)))
 

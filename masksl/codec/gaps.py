@@ -62,8 +62,8 @@ def gap_blocks(payload: memoryview, kept: int, count: int) -> Iterator[np.ndarra
     Returns
     -------
     Iterator[numpy.ndarray]
-        Blocks of positions, int64, ascending. A byte for each position is allocated,
-        and one block.
+        Blocks of positions, int64, ascending. Beside one block, a byte for each
+        position and its packed lower bits are allocated.
 
     Raises
     ------

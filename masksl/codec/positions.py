@@ -89,8 +89,7 @@ def place(
     Returns
     -------
     torch.Tensor
-        Shape (d,), of the header's type. On the CPU at most 2 bytes an element are
-        allocated beside it.
+        Shape (d,), of the header's type.
     """
     kept, start = values.count, 0
     if form in (_INDICES, _GAPS):

@@ -186,6 +186,19 @@ def limited(limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+def printed(script: str, folder: Path, limit: int) -> str:
+    """Return what a script prints, given a folder, if no file exceeds a size."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=limited(limit),
+    )
+    return done.stdout
+
+
 def test_rows_are_whole_or_not_there(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from masksl.runtime import results\n"
@@ -194,16 +207,9 @@ def test_rows_are_whole_or_not_there(tmp_path: Path) -> None:
         "    for number in range(1, 1000): run.add_row({'round': number})\n"
         "except results.FolderError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=limited(100),
-    )
+    output = printed(script, tmp_path, 100)
     path = tmp_path / results.METRICS
-    assert done.stdout == f"{path}: cannot be written: File too large\n"
+    assert output == f"{path}: cannot be written: File too large\n"
     assert [row["round"] for row in results.read_rows(tmp_path)] == [*range(1, 8)]
     assert path.read_bytes().endswith(b"\n")
 
@@ -217,15 +223,8 @@ def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path) -> None
         "try: checkpoint.write(path, {'w': torch.ones(9000)}, {'round': 2})\n"
         "except folder.FolderError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=limited(20_000),
-    )
-    (line,) = done.stdout.splitlines()
+    output = printed(script, tmp_path, 20_000)
+    (line,) = output.splitlines()
     path = tmp_path / "checkpoint/round-0002.safetensors"
     assert line.startswith(f"{path}: cannot be written: ")
     assert "File too large" in line
