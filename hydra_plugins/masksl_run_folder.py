@@ -5,7 +5,6 @@ is in `masksl.runtime.folder`.
 """
 
 import atexit
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ class RunFolderCallback(Callback):
 
 
 def _refuse(error: Exception, path: Path) -> None:
-    # pylint: disable-next=import-outside-toplevel
+    # pylint: disable=import-outside-toplevel
+    from masksl.cli import refuse
     from masksl.runtime.folder import discard
 
-    print(f"masksl: {error}", file=sys.stderr)
+    # pylint: enable=import-outside-toplevel
     discard(path)
-    sys.exit(1)
+    refuse(error)

@@ -72,7 +72,7 @@ def start(task: Callable[[], Any], conf: Path) -> None:
             )
             raise ConfigError.of("conf", str(conf), allowed)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
     # A folder that it does not find is worth no more than a warning to Hydra.
     warnings.filterwarnings("error", message=".*path=.* is not available")
     try:
@@ -80,8 +80,8 @@ def start(task: Callable[[], Any], conf: Path) -> None:
     except Exception as error:  # pylint: disable=broad-exception-caught
         # Hydra raised it, whatever it is: the task ends the program on its own errors.
         if _is_of_folder(error):
-            _refuse(_unwritable(error, arguments))
-        _refuse(explain(error, arguments.overrides, conf))
+            refuse(_unwritable(error, arguments))
+        refuse(explain(error, arguments.overrides, conf))
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def in_one_line(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        _refuse(error)
+        refuse(error)
     except Exception:  # pylint: disable=broad-exception-caught
         if signals.came():
             sys.exit(1)
@@ -265,7 +265,7 @@ def _unwritable(error: Any, arguments: argparse.Namespace) -> str:
     return str(ConfigError.of(key, str(error.filename), allowed))
 
 
-def _refuse(reason: object) -> NoReturn:
+def refuse(reason: object) -> NoReturn:
     """Say in one line why the program ends; Hydra's ``hydra.verbose`` adds the rest."""
     if not signals.came():  # a signal has its own line, and can make much fail
         line = " ".join(str(reason).split()) or type(reason).__name__

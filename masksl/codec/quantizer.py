@@ -118,10 +118,7 @@ class Elements:
         loops().quantize(
             self.work, *numbers, np.tile(middles, 4), symbols, counts, sums, squares
         )
-        tables = [
-            each.reshape(4, 256).sum(0).astype(each.dtype)
-            for each in (counts, sums, squares)
-        ]
+        tables = [each.reshape(4, 256).sum(0) for each in (counts, sums, squares)]
         size = int(np.flatnonzero(tables[0])[-1]) + 1
         return self._summed(symbols, middles, *(each[:size] for each in tables))
 
