@@ -50,21 +50,25 @@ def test_engines_agree(
 ) -> None:
     """Run three clients on two Ray workers: messages reach changing processes.
 
-    No process is left behind.
+    On a busy machine one worker can be ready so much earlier that it answers all; then
+    they are run again. No process is left behind.
     """
     overrides = (*SMALL, *options)
     local = run(settings_of(*overrides), tmp_path / "local")
+    assert sum(row.pop("rebuilt_graphs") for row in local) == 0
     remote = settings_of(*overrides, "engine=flower", "engine.cpus_per_client=0.5")
-    with ray_folder() as folder:
-        monkeypatch.setenv("RAY_TMPDIR", str(folder))
-        flower = run(remote, tmp_path / "flower")
-        assert list(folder.glob("**/logs/raylet.out"))
-        assert left_behind(folder) == []
-    moved = [row.pop("rebuilt_graphs") for row in flower]
-    stayed = [row.pop("rebuilt_graphs") for row in local]
-    assert flower == local
-    assert sum(moved) > 0
-    assert sum(stayed) == 0
+    moved = 0
+    for number in range(3):
+        with ray_folder() as folder:
+            monkeypatch.setenv("RAY_TMPDIR", str(folder))
+            flower = run(remote, tmp_path / f"flower{number}")
+            assert list(folder.glob("**/logs/raylet.out"))
+            assert left_behind(folder) == []
+        moved += sum(row.pop("rebuilt_graphs") for row in flower)
+        assert flower == local
+        if moved:
+            break
+    assert moved > 0
 
 
 @pytest.mark.parametrize("name", QUICK)
