@@ -1,7 +1,7 @@
 """A plugin: its clients raise, or their process dies, where a run says so.
 
-``FAULTS`` are raised in every run that names this plugin; a process is killed where the
-file that the variable MASKSL_TEST_KILL names says so, once.
+``FAULTS`` are raised in every run that names this plugin. A process is killed once at
+every place that is a line of the file that the variable MASKSL_TEST_KILL names.
 """
 
 import os
@@ -49,8 +49,10 @@ def _wrap(handlers: Any, kind: str) -> None:
 
 def _kill(here: tuple[Any, ...]) -> None:
     order = Path(os.environ["MASKSL_TEST_KILL"])
-    if order.exists() and order.read_text() == " ".join(map(str, here)):
-        order.unlink()
+    places = order.read_text().splitlines() if order.exists() else []
+    place = " ".join(map(str, here))
+    if place in places:
+        order.write_text("\n".join(other for other in places if other != place))
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -14,7 +14,6 @@ import torch
 from datasets import ClassLabel
 from datasets import Dataset as Table
 from datasets import Features, Image
-from sklearn.datasets import load_digits
 
 from masksl import compress, dataset, model
 from masksl.compress import FrameError, decode, decode_set, encode_set, make
@@ -57,11 +56,11 @@ def test_an_example_is_one_python_and_one_yaml_file() -> None:
 
 
 def digits() -> dict[str, np.ndarray]:
-    bunch = load_digits()
-    pixels = np.rint(bunch.images[:, None] * (255 / 16)).astype(np.uint8)
+    images, _ = DATASETS["digits"].load(DatasetConfig())
+    pixels, labels = images.pixels(torch.arange(500), None).numpy(), images.labels
     return {
-        **{"train_x": pixels[:400], "train_y": bunch.target[:400]},
-        **{"test_x": pixels[400:500], "test_y": bunch.target[400:500]},
+        **{"train_x": pixels[:400], "train_y": labels[:400].numpy()},
+        **{"test_x": pixels[400:], "test_y": labels[400:500].numpy()},
     }
 
 

@@ -186,7 +186,13 @@ def measure_bare(*overrides: str) -> dict[str, Any]:
         data,
         dataset.partition(config, clients, seed),
         network,
-        optimizer.make(list(network.parameters())),
+        torch.optim.SGD(
+            network.parameters(),
+            lr=optimizer.lr,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            nesterov=optimizer.nesterov,
+        ),
     )
     rounds, samples = [], 0
     for number in range(ROUNDS):

@@ -1,21 +1,19 @@
 """SGD and Adam on named tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from masksl.training.tensors import Tensors
 
 OPTIMIZERS = ("sgd", "adam")
-STEP = "adam.step"  # group of the numbers of steps, which have no dimensions
-# PyTorch's names of what each optimiser remembers of a parameter, by ours.
-_STATES: dict[str, dict[str, str]] = {
-    "sgd": {"momentum": "momentum_buffer"},
-    "adam": {"adam.mean": "exp_avg", "adam.square": "exp_avg_sq", STEP: "step"},
-}
+# Groups of what is remembered of parameters; numbers of steps have no dimensions.
+MOMENTUM, MEAN, SQUARE, STEP = "momentum", "adam.mean", "adam.square", "adam.step"
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -79,29 +77,11 @@ class OptimizerConfig(
         return nesterov
 
     @property
-    def states(self) -> Mapping[str, str]:
-        """PyTorch's name of each tensor of a parameter, by the name of its group."""
-        if self.name == "sgd" and not self.momentum:
-            return {}
-        return _STATES[self.name]
-
-    def make(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """Return an optimiser of these parameters."""
+    def states(self) -> tuple[str, ...]:
+        """Names of the groups of what it remembers of each parameter."""
         if self.name == "adam":
-            return torch.optim.Adam(
-                parameters,
-                lr=self.lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-            )
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
+            return (MEAN, SQUARE, STEP)
+        return (MOMENTUM,) if self.momentum else ()
 
 
 def apply_gradients(
@@ -111,7 +91,7 @@ def apply_gradients(
     config: OptimizerConfig,
     lr: float,
 ) -> None:
-    """Take one optimiser step on tensors that live outside a module.
+    """Take one optimiser step, as `torch.optim.SGD` and `torch.optim.Adam` do.
 
     Parameters
     ----------
@@ -121,71 +101,76 @@ def apply_gradients(
         A gradient for each parameter.
     state : dict[str, dict[str, torch.Tensor]]
         What the optimiser remembers, by the parameter's name in groups named as in
-        `OptimizerConfig.states`. Filled and changed in place.
+        `OptimizerConfig.states`. Filled and changed in place. A parameter that is
+        missing starts anew.
     config : OptimizerConfig
         The optimiser.
     lr : float
-        Learning rate of this round.
+        Learning rate of this step.
     """
-    parameters = {name: tensors[name] for name in gradients}
-    optimizer = config.make(list(parameters.values()))
-    optimizer.param_groups[0]["lr"] = lr
-    load_state(optimizer, parameters, state, config)
-    for name, parameter in parameters.items():
-        parameter.grad = gradients[name]
-    optimizer.step()
-    for parameter in parameters.values():
-        parameter.grad = None
-    for key, members in state_of(optimizer, parameters, config).items():
-        state.setdefault(key, {}).update(members)
+    names = list(gradients)
+    for group in config.states:
+        state.setdefault(group, {})
+    # PyTorch's functions, without its classes: these load its compiler, which takes as
+    # long as all the rest of a process's start.
+    with torch.no_grad():
+        step = _adam if config.name == "adam" else _sgd
+        step(names, [tensors[n] for n in names], gradients, state, config, lr)
 
 
-def load_state(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, torch.Tensor],
-    state: Mapping[str, Tensors],
+# pylint: disable-next=too-many-arguments,too-many-positional-arguments
+def _sgd(
+    names: Sequence[str],
+    parameters: list[torch.Tensor],
+    gradients: Tensors,
+    state: dict[str, Tensors],
     config: OptimizerConfig,
+    lr: float,
 ) -> None:
-    """Replace what an optimiser remembers of parameters by tensors, not copied.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        What `OptimizerConfig.make` returned for the parameters.
-    parameters : Mapping[str, torch.Tensor]
-        Its parameters by name.
-    state : Mapping[str, dict[str, torch.Tensor]]
-        As `state_of` returns it. A parameter that is missing starts anew.
-    config : OptimizerConfig
-        The optimiser.
-    """
-    for name, parameter in parameters.items():
-        optimizer.state.pop(parameter, None)
-        for key, torchs in config.states.items():
-            tensor = state.get(key, {}).get(name)
-            if tensor is not None:
-                # PyTorch reads the number of steps on the CPU.
-                optimizer.state[parameter][torchs] = (
-                    tensor.cpu() if key == STEP else tensor
-                )
+    momentum = state.get(MOMENTUM, {})
+    buffers = [momentum.get(name) for name in names]
+    sgd(
+        parameters,
+        [gradients[name] for name in names],
+        buffers,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        lr=lr,
+        dampening=0,
+        nesterov=config.nesterov,
+        maximize=False,
+    )
+    if config.momentum:  # the first step makes the buffers
+        momentum.update({n: b for n, b in zip(names, buffers) if b is not None})
 
 
-def state_of(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, torch.Tensor],
+# pylint: disable-next=too-many-arguments,too-many-positional-arguments
+def _adam(
+    names: Sequence[str],
+    parameters: list[torch.Tensor],
+    gradients: Tensors,
+    state: dict[str, Tensors],
     config: OptimizerConfig,
-) -> dict[str, Tensors]:
-    """Return what an optimiser remembers of parameters, in groups, not copied.
-
-    Parameters
-    ----------
-    optimizer, parameters, config
-        See `load_state`.
-    """
-    state: dict[str, Tensors] = {key: {} for key in config.states}
-    for key, torchs in config.states.items():
-        for name, parameter in parameters.items():
-            tensor = optimizer.state.get(parameter, {}).get(torchs)
-            if tensor is not None:
-                state[key][name] = tensor
-    return state
+    lr: float,
+) -> None:
+    for name, parameter in zip(names, parameters, strict=True):
+        if name not in state[STEP]:
+            state[MEAN][name] = torch.zeros_like(parameter)
+            state[SQUARE][name] = torch.zeros_like(parameter)
+            state[STEP][name] = torch.tensor(0.0)
+        # PyTorch reads the number of steps on the CPU.
+        state[STEP][name] = state[STEP][name].cpu()
+    adam(
+        parameters,
+        [gradients[name] for name in names],
+        *([state[group][name] for name in names] for group in (MEAN, SQUARE)),
+        [],
+        [state[STEP][name] for name in names],
+        amsgrad=False,
+        beta1=config.betas[0],
+        beta2=config.betas[1],
+        lr=lr,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        maximize=False,
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from masksl import compress, engine, main, server_app
+from masksl.engine import ENGINES
 from masksl.methods.client import Client
 from masksl.methods.split import client as split
 from masksl.runtime import messages, results
@@ -24,13 +25,6 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     """Run on the engine of the settings; return the rows without timed columns."""
     main.run(settings, folder)
     return untimed(results.read_rows(folder))
-
-
-QUICK = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "flower" else name
-    for name in engine.ENGINES
-]
-"""The engines; Flower's own takes seconds to start."""
 
 
 @pytest.mark.parametrize(
@@ -71,7 +65,10 @@ def test_engines_agree(
     assert moved > 0
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [e if e == "local" else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES],
+)
 def test_divergence_ends_a_run_with_one_line(name: str, tmp_path: Path) -> None:
     settings = settings_of(*SMALL, f"engine={name}", "optimizer.lr=1e30")
     with pytest.raises(RunError) as caught:
@@ -209,7 +206,7 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
     [
         ("local", signal.SIGINT),
         ("local", signal.SIGTERM),
-        ("ray", signal.SIGINT),
+        pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGTERM, marks=pytest.mark.slow),
     ],

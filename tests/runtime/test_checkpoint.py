@@ -112,7 +112,8 @@ def test_a_run_can_be_prolonged_and_change_its_engine(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", *SMALL)
     run(tmp_path / "short", *SMALL, "rounds=2", "checkpoint.every=5")
     resume = f"resume={tmp_path}/short"
-    assert run(tmp_path / "long", *SMALL, "engine=ray", resume)[1] == expected[1]
+    long = (*SMALL, "engine=ray", "engine.hosts=1", resume)
+    assert run(tmp_path / "long", *long)[1] == expected[1]
 
 
 def test_a_run_killed_before_its_first_round_begins_anew(tmp_path: Path) -> None:

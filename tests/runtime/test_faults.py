@@ -99,7 +99,7 @@ def test_engines_agree_on_who_is_left_out(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the file that says where a host is to be killed."""
+    """Return the file whose lines say where hosts are to be killed."""
     path = tmp_path_factory.mktemp("kill") / "order"
     ray.shutdown()  # its processes have the environment of its start
     os.environ["MASKSL_TEST_KILL"] = str(path)
@@ -109,44 +109,37 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("sync", "where"),
+    ("sync", "portion", "places"),
     [
-        ("round", "forward 2 1 3"),
-        ("step", "backward 2 0 1"),
-        ("never", "backward 3 1 0"),
-        ("round", "evaluate 1 0 2"),
-        ("never", "save 0 0 2"),
+        ("round", packing.PORTION, ["evaluate 1 0 2", "forward 2 1 3"]),
+        ("never", packing.PORTION, ["save 0 0 2", "backward 3 1 0"]),
+        ("step", 1, ["backward 2 0 1"]),  # a call a message
     ],
 )
-def test_a_killed_host_changes_nothing(
-    sync: str, where: str, order: Path, tmp_path: Path
+def test_killed_hosts_change_nothing(
+    sync: str,
+    portion: int,
+    places: list[str],
+    order: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(packing, "PORTION", portion)
     overrides = (*KILLED, f"client_sync={sync}")
     undisturbed = untimed(train(*overrides).rows)
-    order.write_text(where)
+    order.write_text("\n".join(places))
     rows = run(tmp_path, *overrides, "engine=ray")
-    assert not order.exists(), "nobody was killed"
+    assert order.read_text() == "", "not everybody was killed"
     assert rows == undisturbed
-    (event,) = map(json.loads, (tmp_path / results.EVENTS).read_text().splitlines())
-    assert event["event"] == "round repeated"
-    round_ = int(where.split()[1]) or 1
-    assert event["round"] == round_
-    assert event["reasons"] == [f"host {int(int(where.split()[-1]) > 1)} died"]
-    assert event["wasted_bytes"] > 0
+    lines = (tmp_path / results.EVENTS).read_text().splitlines()
+    for line, place in zip(lines, places, strict=True):
+        event, (_, round_, _, client) = json.loads(line), place.split()
+        assert event["event"] == "round repeated"
+        assert event["round"] == (int(round_) or 1)
+        assert event["reasons"] == [f"host {int(int(client) > 1)} died"]
+        assert event["wasted_bytes"] > 0
     summary = results.read_summary(tmp_path)
     assert summary["bytes_total"] == sum(map(_bytes, rows))
-
-
-def test_a_host_killed_among_several_calls_changes_nothing(
-    order: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing, "PORTION", 1)  # a call a message
-    order.write_text("backward 2 0 1")
-    rows = run(tmp_path, *KILLED, "engine=ray")
-    assert not order.exists(), "nobody was killed"
-    assert rows == untimed(train(*KILLED).rows)
-    (event,) = map(json.loads, (tmp_path / results.EVENTS).read_text().splitlines())
-    assert event["reasons"] == ["host 0 died"]
 
 
 def _bytes(row: Any) -> int:

@@ -10,14 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from masksl.methods.global_model import GlobalModel
+from masksl.methods.split.halves import ServerHalf
 from masksl.runtime import checkpoint
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import (
     STEP,
     OptimizerConfig,
     apply_gradients,
-    load_state,
-    state_of,
 )
 from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
 from tests.conftest import settings_of, train, untimed
@@ -83,25 +82,20 @@ def test_named_tensors_step_as_pytorch_does(case: str, device: str) -> None:
 
 @pytest.mark.parametrize("case", ["momentum", "adam"])
 def test_the_state_of_a_module_survives_a_checkpoint(case: str, tmp_path: Path) -> None:
-    config = OptimizerConfig(**CASES[case])
-    results = []
+    config, batches = OptimizerConfig(**CASES[case]), torch.randn(6, 8, 6)
+    results, start = [], nn.Linear(6, 4).state_dict()
     for stopped in (False, True):
-        torch.manual_seed(3)
-        module = nn.Linear(6, 4)
-        optimizer = config.make(list(module.parameters()))
-        names = dict(module.named_parameters())
-        for step in range(6):
-            optimizer.zero_grad()
-            module(torch.randn(8, 6)).square().mean().backward()
-            optimizer.step()
+        half = ServerHalf(nn.Linear(6, 4), config, 1)
+        half.load(start, {})
+        for step, batch in enumerate(batches):
+            half.step([batch], [torch.arange(8) % 4], lr=0.1, seed=0)
             if stopped and step == 2:
-                tensors = grouped(state_of(optimizer, names, config))
-                checkpoint.write(tmp_path, tensors, {"round": 1})
+                tensors, state = half.state()
+                checkpoint.write(tmp_path, grouped(state), {"round": 1})
                 loaded, _ = checkpoint.read(tmp_path)
-                optimizer = config.make(list(module.parameters()))
-                state = {key: group(loaded, key) for key in config.states}
-                load_state(optimizer, names, state, config)
-        results.append(copies(module.state_dict()))
+                half = ServerHalf(nn.Linear(6, 4), config, 1)
+                half.load(tensors, {key: group(loaded, key) for key in config.states})
+        results.append(copies(half.module.state_dict()))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -183,7 +177,7 @@ def test_split_learning_with_adam_is_resumed(sync: str, tmp_path: Path) -> None:
     resume = f"resume={tmp_path}/first"
     assert run(tmp_path / "second", *overrides, resume) == expected
     if sync == "round":
-        rows, _ = run(tmp_path / "ray", *overrides, "engine=ray")
+        rows, _ = run(tmp_path / "ray", *overrides, "engine=ray", "engine.hosts=1")
         assert rows == expected[0]
 
 

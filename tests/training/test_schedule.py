@@ -41,7 +41,7 @@ def test_schedules_by_round() -> None:
 
 
 def test_cosine_is_pytorchs() -> None:
-    optimizer = OptimizerConfig(lr=0.3).make([torch.zeros(1, requires_grad=True)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     schedule = CosineAnnealingLR(optimizer, 9)
     for rate in rates_of(9, lr=0.3, name="cosine"):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
@@ -52,7 +52,7 @@ def test_cosine_is_pytorchs() -> None:
 @pytest.mark.parametrize("peak", [0.3, 0.5, 0.11])
 @pytest.mark.parametrize(("rounds", "steps"), [(3, 7), (10, 1), (1, 40), (4, 33)])
 def test_onecycle_is_pytorchs_to_the_bit(rounds: int, steps: int, peak: float) -> None:
-    optimizer = OptimizerConfig(lr=0.2).make([torch.zeros(1, requires_grad=True)])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
     schedule = OneCycleLR(
         optimizer, 0.2, rounds * steps, pct_start=peak, cycle_momentum=False
     )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from masksl.training.compute import FLOAT32, ComputeConfig, compute
-from masksl.training.optimizer import OptimizerConfig, load_state, state_of
+from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.score import Score, mean_loss, score
 from masksl.training.tensors import Tensors, copies
 from masksl.utils import MANY_CLIENTS, trim_heap
@@ -41,8 +41,9 @@ class ServerHalf:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = module
         self._call = torch.compile(module) if compute_config.compile else module
-        self._optimizer_config = config
-        self._optimizer = config.make(list(module.parameters()))
+        self._parameters = dict(module.named_parameters())
+        self._optimizer = config
+        self._optimizer_state: dict[str, Tensors] = {}
         self._threads = threads
         self._config = compute_config
         self.device = next(module.parameters()).device
@@ -104,15 +105,13 @@ class ServerHalf:
         if batch is None or logits is None:
             raise RuntimeError("backward without a forward before it")
         self._batch = self._logits = None
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        parameters, state = self._parameters, self._optimizer_state
         with self._compute():
-            loss = mean_loss(logits, labels, self._optimizer_config.label_smoothing)
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
-        assert batch.grad is not None
-        slices = list(batch.grad.split(self._sizes))
+            loss = mean_loss(logits, labels, self._optimizer.label_smoothing)
+            gradient, *own = torch.autograd.grad(loss, [batch, *parameters.values()])
+            gradients = dict(zip(parameters, own, strict=True))
+            apply_gradients(parameters, gradients, state, self._optimizer, lr)
+        slices = list(gradient.split(self._sizes))
         for part, size in zip(slices, self._sizes, strict=True):
             if size != len(batch):
                 part.mul_(len(batch) / size)
@@ -142,20 +141,17 @@ class ServerHalf:
     def state(self) -> tuple[Tensors, dict[str, Tensors]]:
         """Return copies of its parameters and buffers, and of what its optimiser
         remembers, by name."""
-        parameters = dict(self.module.named_parameters())
-        state = state_of(self._optimizer, parameters, self._optimizer_config)
-        groups = {name: copies(tensors) for name, tensors in state.items()}
+        state = self._optimizer_state
+        groups = {name: copies(state.get(name, {})) for name in self._optimizer.states}
         return copies(self.module.state_dict()), groups
 
     def load(self, tensors: Tensors, state: Mapping[str, Tensors]) -> None:
         """Load copies of what `state` returned, from any device."""
         self.module.load_state_dict(tensors)
-        parameters = dict(self.module.named_parameters())
-        own = {
+        self._optimizer_state = {
             group: {name: t.to(self.device, copy=True) for name, t in members.items()}
             for group, members in state.items()
         }
-        load_state(self._optimizer, parameters, own, self._optimizer_config)
 
     def evaluate(self, activation: torch.Tensor, labels: torch.Tensor) -> Score:
         """Score a batch of decoded activations against its labels."""

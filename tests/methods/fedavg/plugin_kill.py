@@ -1,7 +1,7 @@
-"""A plugin: the process of a client dies, once, where a file says so.
+"""A plugin: the process of a client dies, once, at each line of a file.
 
-The file, which the variable MASKSL_TEST_KILL names, holds a message type, a round and a
-client.
+A line of the file, which the variable MASKSL_TEST_KILL names, is a message type, a
+round and a client.
 """
 
 import os
@@ -22,8 +22,11 @@ def _wrap(handlers: Any, kind: str) -> None:
     def mortal(client: Client, content: RecordDict) -> RecordDict:
         here = f"{kind} {messages.place_of(content)['round']} {client.number}"
         order = Path(os.environ.get("MASKSL_TEST_KILL", "none"))
-        if order.exists() and order.read_text(encoding="utf-8") == here:
-            order.unlink()
+        places = (
+            order.read_text(encoding="utf-8").splitlines() if order.exists() else []
+        )
+        if here in places:
+            order.write_text("\n".join(p for p in places if p != here), "utf-8")
             os.kill(os.getpid(), signal.SIGKILL)
         return handler(client, content)
 

@@ -20,7 +20,15 @@ from masksl.runtime.round import Round
 from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.training.score import Score
 from masksl.utils import derive_seed
-from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
+from tests.conftest import (
+    TIMED,
+    Training,
+    prepare,
+    settings_of,
+    torch_optimizer,
+    train,
+    untimed,
+)
 
 SMALL = (
     *("method=fedavg", "rounds=2", "clients=3", "dataset.limit=100"),
@@ -70,7 +78,7 @@ def central(
     losses = []
     torch.set_num_threads(1)
     for number in range(1, rounds + 1):
-        optimizer = training.strategy.optimizer.make(list(network.parameters()))
+        optimizer = torch_optimizer(training.strategy.optimizer, network.parameters())
         total, samples = 0.0, 0
         for step in range(epochs * client.train_steps()):
             images, labels = client.train_batch(Place(number, step))

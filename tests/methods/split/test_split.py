@@ -22,7 +22,15 @@ from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.utils import derive_seed
-from tests.conftest import TIMED, Training, prepare, settings_of, train, untimed
+from tests.conftest import (
+    TIMED,
+    Training,
+    prepare,
+    settings_of,
+    torch_optimizer,
+    train,
+    untimed,
+)
 
 UNSPLIT = (
     "dataset=digits",
@@ -64,7 +72,7 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
         str(settings["model.name"]), 10, 3, seed=derive_seed(seed, "model")
     )
     network = nn.Sequential(*units).train()
-    optimizer = training.server.optimizer.make(list(network.parameters()))
+    optimizer = torch_optimizer(training.server.optimizer, network.parameters())
     losses = []
     torch.set_num_threads(1)
     for step in range(steps):
@@ -127,7 +135,7 @@ def test_onecycle_and_smoothing_equal_unsplit_bit_for_bit(sync: str) -> None:
     prepared = prepare(settings_of(*ONECYCLE))
     units = model.build("small_cnn", 10, 1, seed=derive_seed(42, "model"))
     network = nn.Sequential(*units).train()
-    optimizer = prepared.server.optimizer.make(list(network.parameters()))
+    optimizer = torch_optimizer(prepared.server.optimizer, network.parameters())
     schedule = OneCycleLR(optimizer, 0.1, 3 * steps, cycle_momentum=False)
     losses = []
     torch.set_num_threads(1)
@@ -181,7 +189,7 @@ def union_reference(
     strategy = training.strategy
     seed = derive_seed(int(strategy.settings["seed"]), "model")
     network = nn.Sequential(*model.build("plain_cnn", 10, 3, seed=seed))
-    optimizer = training.server.optimizer.make(list(network.parameters()))
+    optimizer = torch_optimizer(training.server.optimizer, network.parameters())
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []
