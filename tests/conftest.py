@@ -142,47 +142,40 @@ def _folder(pid: str) -> Path | None:
         return None
 
 
-# How the names of tests begin that start Ray.
-RAY = (
-    *("tests/engine/", "tests/runtime/test_faults.py", "tests/test_flwr_run.py"),
-    *("tests/methods/fedavg/test_fedavg_runs.py", "tests/test_plugin"),
-    "tests/test_main.py::test_the_default_job",
-    "tests/runtime/test_checkpoint.py::test_a_run_can_be_prolonged",
-    "tests/runtime/test_checkpoint.py::test_the_whole_program_killed",
-    "tests/training/test_optimizer.py::test_split_learning_with_adam_is_resumed",
+# Modules that take longest.
+LONG = (
+    *("tests/test_sweep.py", "tests/engine/test_ray.py", "tests/test_main.py"),
+    *("tests/runtime/test_faults.py", "tests/methods/fedavg/test_fedavg_runs.py"),
+    *("tests/engine/test_engines.py", "tests/engine/test_ray_access.py"),
+    *("tests/test_examples.py", "tests/methods/split/test_split.py"),
 )
-LONG = ("ray", "tests/test_sweep.py", "tests/methods/split/test_split.py")
 
 
-def group_of(name: str) -> str:
-    """Return the group of a test: all of a group run in one process, in their order.
-
-    Tests that start Ray are one group, because some look for processes that a run left
-    behind. The others of a module are a group, because they share runs.
-    """
-    return "ray" if name.startswith(RAY) else name.split("::", 1)[0]
+def module_of(name: str) -> str:
+    """Return the module of a test, whose tests run in one process: they share runs."""
+    return name.split("::", 1)[0]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests together by groups, those first that take long."""
-    groups = dict.fromkeys([*LONG, *(group_of(item.nodeid) for item in items)])
-    places = {name: place for place, name in enumerate(groups)}
-    items.sort(key=lambda item: places[group_of(item.nodeid)])
+    """Put the tests of modules first that take long."""
+    modules = dict.fromkeys([*LONG, *(module_of(item.nodeid) for item in items)])
+    places = {name: place for place, name in enumerate(modules)}
+    items.sort(key=lambda item: places[module_of(item.nodeid)])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole groups to the processes of pytest-xdist, in the order of the tests."""
+    """Give whole modules to the processes of pytest-xdist, in the order of the tests."""
     # pylint: disable-next=import-outside-toplevel
     from xdist.scheduler import LoadScopeScheduling
 
-    class Groups(LoadScopeScheduling):
+    class Modules(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid)
+            return module_of(nodeid)
 
     config.option.loadscopereorder = False
-    return Groups(config, log)
+    return Modules(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -257,8 +257,7 @@ def test_real_activations_have_the_measured_error(data_root: Any) -> None:
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=5).map(tuple)
 
 
-@settings(deadline=None, max_examples=300)
-@given(
+TENSORS = given(
     case=st.sampled_from(ALL),
     shape=shapes,
     dtype=st.sampled_from(DTYPES),
@@ -266,7 +265,9 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=5).map(tuple)
     layout=st.sampled_from(["plain", "transposed", "strided"]),
     seed=st.integers(0, 2**32),
 )
-def test_every_tensor_comes_back_right(
+
+
+def comes_back_right(
     case: tuple[str, dict[str, Any]],
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -289,6 +290,19 @@ def test_every_tensor_comes_back_right(
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (decoded.shape, decoded.dtype) == (tensor.shape, tensor.dtype)
     check_against_plain_loop(case, tensor.reshape(-1).tolist(), decoded)
+
+
+@settings(deadline=None, max_examples=100)
+@TENSORS
+def test_every_tensor_comes_back_right(**drawn: Any) -> None:
+    comes_back_right(**drawn)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=1000)
+@TENSORS
+def test_every_tensor_of_many_comes_back_right(**drawn: Any) -> None:
+    comes_back_right(**drawn)
 
 
 def special(

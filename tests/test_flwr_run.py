@@ -6,9 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from tests.conftest import ROOT, train
 
@@ -36,16 +39,55 @@ def home(tmp_path: Path) -> Iterator[dict[str, str]]:
         time.sleep(0.1)
 
 
-def test_flwr_run_composes_the_configuration(
-    home: dict[str, str], tmp_path: Path
-) -> None:
-    project = tmp_path / "project"
-    project.mkdir()
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Return a copy of what `flwr` bundles."""
+    folder = tmp_path / "project"
+    folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, project)
+        shutil.copy(ROOT / name, folder)
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("masksl", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, project / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+COMPOSED = """
+import sys
+from masksl import config, dataset, server_app
+settings = config.compose(
+    [server_app.FLWR_RUN, *config.split_overrides({"overrides": sys.argv[1]})]
+)
+print(server_app.__file__, settings["engine.name"], settings["compressor.name"])
+print(len(dataset.load(dataset.DatasetConfig()).train.labels))
+"""
+
+
+def test_a_bundle_has_all_that_a_run_needs(project: Path, tmp_path: Path) -> None:
+    """The sources, the configuration and the digits; it composes alone."""
+    bundle = tmp_path / "bundle"
+    with ZipFile(BytesIO(build_fab_from_disk(project))) as archive:
+        archive.extractall(bundle)
+    for kind in ("masksl/**/*.py", "conf/**/*.yaml"):
+        sources = {path.relative_to(project) for path in project.glob(kind)}
+        assert sources == {path.relative_to(bundle) for path in bundle.glob(kind)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPOSED, "rounds=1 compressor=qu federation=paper"],
+        cwd=bundle,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    composed = f"{bundle}/masksl/server_app.py flower qu\n1437\n"
+    assert done.stdout == composed
+
+
+@pytest.mark.slow
+def test_flwr_run_composes_the_configuration(
+    home: dict[str, str], project: Path
+) -> None:
 
     def flwr(*arguments: str) -> str:
         done = subprocess.run(

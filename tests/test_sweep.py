@@ -128,20 +128,26 @@ def test_a_sweep_ends_at_its_time_limit_or_an_interrupt(tmp_path: Path) -> None:
     assert not processes(str(tmp_path))
 
 
-def test_a_failed_run_does_not_stop_the_others(
+def test_runs_that_fail_do_not_stop_the_others(
     undisturbed: Path, tmp_path: Path
 ) -> None:
+    """One has a broken checkpoint, the folder of one is in use, one is missing."""
     folder = tmp_path / "sweep"
     shutil.copytree(undisturbed, folder)
-    broken = folder / "medium/ms_context/seed=1"
-    (broken / results.SUMMARY).unlink()
+    broken, used = folder / "medium/ms_context/seed=1", folder / "shallow/none/seed=1"
+    for path in (broken, used):
+        (path / results.SUMMARY).unlink()
     (broken / "checkpoint/state.json").write_text("{}")
     shutil.rmtree(folder / "shallow/ms_context")
-    done = sweep(folder)
+    with locked(used):
+        done = sweep(folder)
     assert done.returncode == 1
-    assert "1 runs failed: medium/ms_context/seed=1" in done.stderr
+    assert "2 runs failed: " in done.stderr
+    for path in (broken, used):
+        assert str(path.relative_to(folder)) in done.stderr
     assert "state.json: cut short or altered" in done.stdout
-    assert len(finished(folder)) == RUNS - 1
+    assert "another run is using this run folder" in done.stdout
+    assert len(finished(folder)) == RUNS - 2
 
 
 def test_damaged_runs_go_on_from_their_checkpoints(
@@ -163,22 +169,6 @@ def test_damaged_runs_go_on_from_their_checkpoints(
     assert f"{second / results.METRICS}, line 4: damaged or cut" in done.stdout
     assert (second / results.METRICS).read_text() == rows  # not trained again: times
     assert table1(folder) == table1(undisturbed)
-
-
-def test_a_run_whose_folder_is_in_use_does_not_stop_the_others(
-    undisturbed: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "sweep"
-    shutil.copytree(undisturbed, folder)
-    for path in finished(folder)[:2]:
-        path.unlink()
-    used = folder / "medium/ms_context/seed=1"
-    with locked(used):
-        done = sweep(folder)
-    assert done.returncode == 1
-    assert "1 runs failed: medium/ms_context/seed=1" in done.stderr
-    assert "another run is using this run folder" in done.stdout
-    assert len(finished(folder)) == RUNS - 1
 
 
 def test_a_wrong_sweep_is_refused_before_any_run(tmp_path: Path) -> None:

@@ -237,8 +237,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     sent: list[float] = []
     for row in rows:
         sent.append((sent[-1] if sent else 0) + total(row["bytes"]) / 1e6)
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.2))
     loss, accuracy, traffic = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.16, top=0.96, wspace=0.23)
     loss.plot(
         rounds, [_number(row["loss"]) for row in rows], marker=".", label="training"
     )

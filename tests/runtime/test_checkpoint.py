@@ -17,7 +17,8 @@ from masksl import main
 from masksl.config import ConfigError
 from masksl.runtime import checkpoint, results
 from masksl.runtime.checkpoint import CheckpointError
-from tests.conftest import ROOT, processes, settings_of, untimed
+from tests.conftest import ROOT, settings_of, untimed
+from tests.engine.ray_runs import left_behind, ray_folder
 
 SMALL = ("rounds=4", "clients=3", "dataset.limit=130", "dataset.test_limit=40")
 KEPT = ("loss", "test_loss", "top1", "top5", "bytes", "bytes_total", "link_seconds")
@@ -224,8 +225,19 @@ def test_a_checkpoint_that_is_not_finished_leaves_the_one_before(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_the_whole_program_killed_at_five_moments(engine: str, tmp_path: Path) -> None:
+def test_the_whole_program_killed_at_five_moments(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides = (*SMALL, "rounds=40", f"engine={engine}", "client_sync=never")
+    with ray_folder() as folder:
+        monkeypatch.setenv("RAY_TMPDIR", str(folder))
+        kill_at_five_moments(tmp_path, *overrides)
+        # Agents of a Ray that was killed wait a minute.
+        assert left_behind(folder, 120) == []
+
+
+def kill_at_five_moments(tmp_path: Path, *overrides: str) -> None:
+    """Resume a run that is killed five times; compare it with an undisturbed one."""
     began = time.monotonic()
     undisturbed = program(tmp_path / "whole", *overrides)
     while not (tmp_path / "whole" / results.METRICS).exists():
@@ -254,10 +266,6 @@ def test_the_whole_program_killed_at_five_moments(engine: str, tmp_path: Path) -
     assert untimed(results.read_rows(last)) == untimed(results.read_rows(first))
     ours, theirs = results.read_summary(last), results.read_summary(first)
     assert [ours[key] for key in KEPT] == [theirs[key] for key in KEPT]
-    deadline = time.monotonic() + 120  # agents of a Ray that was killed wait a minute
-    while (left := processes("raylet", "ray::")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert left == []
 
 
 def program(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:

@@ -102,9 +102,14 @@ def whole_state(training: Training) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "steps", [5, pytest.param(20, marks=pytest.mark.slow)]  # they take as long as that
+    ("name", "steps"),
+    [
+        ("vgg19", 3),
+        ("resnet18", 5),
+        pytest.param("vgg19", 20, marks=pytest.mark.slow),
+        pytest.param("resnet18", 20, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["vgg19", "resnet18"])
 def test_split_equals_unsplit_bit_for_bit(name: str, steps: int) -> None:
     """Steps at every named cut, dropout on, every client_sync."""
     overrides = [*UNSPLIT, f"model={name}", f"dataset.limit={8 * steps}"]
