@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A Ray hands the variables of its start on; see the fixture `order`.
+os.environ["MASKSL_TEST_KILL"] = f"{tempfile.gettempdir()}/masksl-kill-{os.getpid()}"
 # Threads that wait for each other in a loop take the cores from the tests beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -166,7 +169,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole modules to the processes of pytest-xdist, in the order of the tests."""
+    """Give whole modules to the processes of pytest-xdist, in their order."""
     # pylint: disable-next=import-outside-toplevel
     from xdist.scheduler import LoadScopeScheduling
 
@@ -193,6 +196,14 @@ def toy_data() -> Iterator[None]:
     dataset.DATASETS["toy"] = Spec(load, 10, 3, 32, half, half, 4, True)
     yield
     del dataset.DATASETS["toy"]
+
+
+@pytest.fixture
+def order() -> Iterator[Path]:
+    """Return the file whose lines say where processes are to be killed."""
+    path = Path(os.environ["MASKSL_TEST_KILL"])
+    yield path
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ def test_both_federations(federation: str, tiny_cifar: None, tmp_path: Path) -> 
 def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) -> None:
     job = (
         *("dataset.name=toy", "model=resnet8", "rounds=2", "clients=2", "cut=medium"),
-        *("dataset.limit=200", "compressor=none", "client_sync=step"),
+        *("dataset.limit=100", "compressor=none", "client_sync=step"),
     )
     losses, sizes = [], []
     for number, more in enumerate(((), (f"compute.{options}",))):

@@ -47,10 +47,8 @@ class Sign(Compressor):
 '''
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [e if e == "local" else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES],
-)
+@pytest.mark.slow  # an example is one, too
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_compressor_of_ones_own(engine: str, tmp_path: Path) -> None:
     (tmp_path / "one_bit.py").write_text(MODULE, encoding="utf-8")
     (tmp_path / "conf/compressor").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,26 @@ from masksl.training.compute import FLOAT32, ComputeConfig, compute
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.score import mean_loss
 from masksl.training.tensors import Tensors
+
+
+class _Given(torch.autograd.Function):  # pylint: disable=abstract-method
+    """A scalar whose gradient with respect to a tensor is given.
+
+    If `torch.autograd.grad` is given one itself, it loads SymPy, a tenth of the start
+    of a process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return zero, and keep the gradient."""
+        ctx.save_for_backward(gradient)
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient that was given."""
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
 
 
 class LocalNetwork:
@@ -127,7 +148,8 @@ class LocalNetwork:
             gradient.view(-1)[positions] = given
         parameters = [self.tensors[name] for name in self._names]
         with self._compute():
-            gradients = torch.autograd.grad(output, parameters, gradient)
+            given = _Given.apply(output, gradient)  # type: ignore[no-untyped-call]
+            gradients = torch.autograd.grad(given, parameters)
         return dict(zip(self._names, gradients, strict=True))
 
     def step(self, gradients: Tensors, config: OptimizerConfig, lr: float) -> None:

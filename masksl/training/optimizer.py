@@ -141,7 +141,8 @@ def _sgd(
         maximize=False,
     )
     if config.momentum:  # the first step makes the buffers
-        momentum.update({n: b for n, b in zip(names, buffers) if b is not None})
+        made = zip(names, buffers, strict=True)
+        momentum.update({name: buffer for name, buffer in made if buffer is not None})
 
 
 # pylint: disable-next=too-many-arguments,too-many-positional-arguments

@@ -204,8 +204,8 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
 @pytest.mark.parametrize(
     ("name", "end"),
     [
-        ("local", signal.SIGINT),
-        ("local", signal.SIGTERM),
+        pytest.param("local", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("local", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGTERM, marks=pytest.mark.slow),

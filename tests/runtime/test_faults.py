@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from masksl import main
 from masksl.engine import packing
@@ -97,17 +95,6 @@ def test_engines_agree_on_who_is_left_out(name: str, tmp_path: Path) -> None:
 # --- hosts ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the file whose lines say where hosts are to be killed."""
-    path = tmp_path_factory.mktemp("kill") / "order"
-    ray.shutdown()  # its processes have the environment of its start
-    os.environ["MASKSL_TEST_KILL"] = str(path)
-    yield path
-    del os.environ["MASKSL_TEST_KILL"]
-    ray.shutdown()
-
-
 @pytest.mark.parametrize(
     ("sync", "portion", "places"),
     [
@@ -150,7 +137,7 @@ def _bytes(row: Any) -> int:
 
 
 def test_a_host_killed_between_rounds_changes_nothing(
-    order: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[engine.RayGrid] = []
     start = engine.RayGrid.__init__
