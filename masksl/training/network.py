@@ -22,9 +22,9 @@ class _Given(torch.autograd.Function):  # pylint: disable=abstract-method
     """
 
     @staticmethod
-    def forward(ctx: Any, *given: torch.Tensor) -> torch.Tensor:
+    # pylint: disable-next=arguments-differ
+    def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Return zero, and keep the gradient."""
-        output, gradient = given
         ctx.save_for_backward(gradient)
         return output.new_zeros(())
 
