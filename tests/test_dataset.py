@@ -56,6 +56,7 @@ def test_names_are_looked_up_when_they_are_checked(
         {"partition": "odd"},
         {"classes_per_client": 1.0},
         {"workers": 0},
+        {"workers": 257},
         {"root": None},
         {"size": 8},
     ],

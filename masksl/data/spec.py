@@ -58,7 +58,7 @@ class DatasetConfig(
     )
     alpha: float = Field(0.5, gt=0, description="a number greater than 0")
     classes_per_client: int = Field(2, ge=1, description="a whole number from 1 on")
-    workers: int = Field(2, ge=1, description="a whole number from 1 on")
+    workers: int = Field(2, ge=1, le=256, description="a whole number from 1 to 256")
     unreadable: Literal["end", "leave_out"] = Field(
         "end", description="one of end, leave_out"
     )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, field_validator
 _POSITIVE = "a number greater than 0"
 _NOT_NEGATIVE = "a number from 0 on"
 _WHOLE = "a whole number from 1 on"
+MOST_HOSTS = 1024  # processes by mistake would take all memory
 _PINS = "null or a list of entries RESOURCE FIRST-LAST [KEY=VALUE ...]"
 _PIN = re.compile(r"(\S+) (\d+)(?:-(\d+))?((?: [^\s=]+=\S+)*)")
 
@@ -139,7 +140,9 @@ class RayOptions(EngineOptions, frozen=True):
     """
 
     name: Literal["ray"] = Field("ray", description="ray")
-    hosts: int = Field(2, ge=1, description=_WHOLE)
+    hosts: int = Field(
+        2, ge=1, le=MOST_HOSTS, description=f"a whole number from 1 to {MOST_HOSTS}"
+    )
     cpus_per_host: float = Field(1.0, ge=0, description=_NOT_NEGATIVE)
     gpus_per_host: float = Field(0.0, ge=0, description=_NOT_NEGATIVE)
     gpu_memory_fraction: float | None = Field(

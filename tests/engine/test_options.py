@@ -41,6 +41,7 @@ def test_defaults_are_those_of_the_configuration(name: str) -> None:
     [
         ({"name": "flower"}, "name"),
         ({"hosts": 0}, "hosts"),
+        ({"hosts": 1025}, "hosts"),
         ({"hosts": True}, "hosts"),
         ({"hosts": 2.0}, "hosts"),
         ({"cpus_per_host": -1}, "cpus_per_host"),
