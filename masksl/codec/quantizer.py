@@ -7,7 +7,6 @@ step is corrected until it meets the target.
 
 import math
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -17,16 +16,12 @@ from masksl.codec.coder import loops
 
 T = TypeVar("T")
 
-DEADZONES = (0.55, 0.7, 0.85, 1.0)
-"""Widths of symbol 0 in steps among which one is chosen."""
-
 _PRECISION = 5e-4  # of the logarithm of a step
 _MOST = 709.0  # logarithm of about the largest float64
 _TINY = 1e-300
-_SAMPLE = 2**14  # elements that a first step is found by
+_SAMPLE = 2**17  # elements that a first step is found by
 _AIM, _LEAST = 0.995, 0.99  # shares of a target: what is aimed at, what is good enough
-_SECANTS, _NEAR, _STRIDE = 8, 1e-3, 4.0  # of an estimate, in logarithms
-_FLATTEST = 1e-3  # slope below which a secant says nothing
+_FLAT = 1e-3  # slope below which a secant says nothing
 _COMFORT = 60  # binary exponents of largest elements that are computed with as they are
 
 
@@ -79,14 +74,6 @@ class Quantized:
     centroids: np.ndarray
     error: float
 
-    def bits(self, signed: bool) -> float:
-        """Return the entropy in bits an element, with signs and exact values."""
-        share = self.counts / len(self.symbols)
-        used = share[share > 0]
-        signs = 1 - float(share[0]) if signed else 0.0
-        exact = 32 * float(share[Quantizer.LAST :].sum())
-        return float(-(used * np.log2(used)).sum()) + signs + exact
-
 
 class Elements:
     """The elements of a tensor, to be quantised.
@@ -119,23 +106,13 @@ class Elements:
         self.work, self.signed, self._rounded = work, signed, rounded
         self.largest = math.ldexp(largest, -self._exponent)
 
-    def sample(self) -> "Elements":
-        """Return about 2**14 of the elements, spread over the tensor."""
-        stride = max(1, self.work.size // _SAMPLE)
-        while math.gcd(stride, self.work.size) > 1:  # not the same column of every map
-            stride += 1
-        some = copy(self)
-        some.work = np.ascontiguousarray(self.work[::stride])
-        return some
-
     def quantized(self, quantizer: Quantizer) -> Quantized:
         """Return the elements under a quantiser."""
         kind = self.work.dtype.type
         symbols = np.empty(self.work.size, np.uint8)
         counts = np.zeros(1024, np.int64)
         sums, squares = np.zeros(1024), np.zeros(1024)
-        limits = np.finfo(kind)
-        step = min(max(quantizer.step, float(limits.tiny)), float(limits.max))
+        step = max(quantizer.step, float(np.finfo(kind).tiny))
         numbers = kind(step), kind(1 - quantizer.deadzone), kind(Quantizer.LAST)
         middles = quantizer.middles
         loops().quantize(
@@ -174,6 +151,66 @@ class Elements:
         total = energy.sum()
         error = math.sqrt(max(lost.sum(), 0) / total) if total else 0.0
         return Quantized(symbols, counts, centroids, error)
+
+
+class Sample:
+    """A sample of the magnitudes of a tensor, to measure quantisers by.
+
+    Parameters
+    ----------
+    elements : Elements
+        The elements; about 2**17 of them, spread over the tensor, are taken.
+    """
+
+    def __init__(self, elements: Elements) -> None:
+        work = elements.work
+        stride = max(1, work.size // _SAMPLE)
+        while math.gcd(stride, work.size) > 1:  # not the same column of every map
+            stride += 1
+        ascending = np.sort(np.abs(work[::stride]))
+        self._size = len(ascending)
+        self._zeros = int(np.searchsorted(ascending, 0, "right"))
+        self._ascending = ascending[self._zeros :]
+        self._signed = elements.signed
+        self._sums, self._squares = (
+            np.concatenate([[0], np.cumsum(each, dtype=np.float64)])
+            for each in (self._ascending, np.square(self._ascending, dtype=np.float64))
+        )
+
+    def _edges(self, quantizer: Quantizer) -> np.ndarray:
+        """Return where symbols begin and end among the values, shape (257,).
+
+        Values that are zero are left out of them.
+        """
+        bounds = quantizer.bounds.clip(max=float(np.finfo(self._ascending.dtype).max))
+        edges = np.searchsorted(self._ascending, bounds.astype(self._ascending.dtype))
+        return np.concatenate([[0], edges, [len(self._ascending)]])
+
+    def _counts(self, edges: np.ndarray) -> np.ndarray:
+        """Return the number of values of every symbol, shape (256,)."""
+        counts = np.diff(edges)
+        counts[0] += self._zeros
+        return counts
+
+    def error(self, quantizer: Quantizer) -> float:
+        """Return the relative error of a quantiser with centroids."""
+        edges = self._edges(quantizer)
+        squares = np.diff(self._squares[edges])
+        counts = np.maximum(self._counts(edges), 1)
+        lost = squares - np.diff(self._sums[edges]) ** 2 / counts
+        if self._signed:
+            lost[0] = squares[0]
+        lost[Quantizer.LAST] = 0
+        total = squares.sum()
+        return math.sqrt(max(lost.sum(), 0) / total) if total else 0.0
+
+    def bits(self, quantizer: Quantizer) -> float:
+        """Return the bits an element: entropy of the symbols, signs, exact values."""
+        share = self._counts(self._edges(quantizer)) / self._size
+        used = share[share > 0]
+        signs = 1 - float(share[0]) if self._signed else 0.0
+        exact = 32 * float(share[Quantizer.LAST])
+        return float(-(used * np.log2(used)).sum()) + signs + exact
 
 
 @dataclass(frozen=True)
@@ -223,123 +260,130 @@ def choose(
     middle = math.log(elements.largest or 1.0)
     bounds = middle - 12 * math.log(10), min(middle + math.log(4), _MOST)
     error = 0.25 if target.error is None else target.error
-    sample, width = elements.sample(), None
+    sample, width = Sample(elements), None
     if target.step is not None:
         spread = float(np.std(elements.work, dtype=np.float64))
         width = target.step * (spread or elements.largest or 1.0)
     elif not elements.largest:
         width = 1.0  # any step does
-    start = width or math.exp(bounds[1]) / 64
-    deadzone = target.deadzone
+    deadzone, found = target.deadzone, None
     if deadzone is None:
-        deadzone, start = best_deadzone(sample, width, error, start)
+        deadzone, found = best_deadzone(sample, width, _AIM * error, bounds)
     zone = deadzone
 
-    def quantized(step: float) -> Quantized:
-        return elements.quantized(Quantizer(step, zone))
+    def at(step: float) -> Quantizer:
+        return Quantizer(step, zone)
 
     if width is not None:
-        chosen = quantized(width)
-        return chosen, finish(chosen)[1]
-    if target.bits is None:
+        quantized = elements.quantized(at(width))
+        return quantized, finish(quantized)[1]
+    if target.bits is not None:
+        return _meet_bits(target.bits, elements, sample, at, bounds, finish)
 
-        def measured_error(step: float) -> tuple[float, Quantized]:
-            result = quantized(step)
-            return result.error, result
+    def measured(step: float) -> tuple[float, Quantized]:
+        quantized = elements.quantized(at(step))
+        return quantized.error, quantized
 
-        chosen = approach(measured_error, error, start, bounds, 1.0)
-        return chosen, finish(chosen)[1]
+    def expected(step: float) -> float:
+        return sample.error(at(step))
 
-    def measured_bits(step: float) -> tuple[float, tuple[Quantized, T]]:
-        result = quantized(step)
-        taken, encoded = finish(result)
-        return taken, (result, encoded)
+    start = found or search(expected, _AIM * error, bounds, True)
+    quantized = approach(measured, expected, error, start, bounds, True)
+    return quantized, finish(quantized)[1]
 
-    def expected_bits(step: float) -> float:
-        return sample.quantized(Quantizer(step, zone)).bits(sample.signed)
 
-    start, slope = estimate(expected_bits, target.bits, start, -0.5)
-    return approach(measured_bits, target.bits, start, bounds, slope)
+def _meet_bits(
+    bits: float,
+    elements: Elements,
+    sample: Sample,
+    at: Callable[[float], Quantizer],
+    bounds: tuple[float, float],
+    finish: Callable[[Quantized], tuple[float, T]],
+) -> tuple[Quantized, T]:
+    """Quantise elements within a budget, see `choose`."""
+
+    def measured(step: float) -> tuple[float, tuple[Quantized, T]]:
+        quantized = elements.quantized(at(step))
+        taken, encoded = finish(quantized)
+        return taken, (quantized, encoded)
+
+    def expected(step: float) -> float:
+        return sample.bits(at(step))
+
+    start = search(expected, _AIM * bits, bounds, False)
+    return approach(measured, expected, bits, start, bounds, False)
 
 
 def best_deadzone(
-    sample: Elements, step: float | None, error: float, start: float
+    sample: Sample, step: float | None, target: float, bounds: tuple[float, float]
 ) -> tuple[float, float]:
     """Return the dead zone with the fewest bits at the same error, and its step.
 
-    The error is ``error``, or that of ``step`` with the narrowest dead zone. The search
-    begins at the step ``start``.
+    The error is ``target``, or that of the step with the narrowest dead zone.
     """
     if step is not None:
-        error = sample.quantized(Quantizer(step, DEADZONES[0])).error
-    best = (math.inf, DEADZONES[0], start)
-    for deadzone in DEADZONES:
+        target = sample.error(Quantizer(step, 0.55))
+    best = (math.inf, 0.55, 1.0)
+    for deadzone in (0.55, 0.7, 0.85, 1.0):
 
-        def measured(width: float, zone: float = deadzone) -> float:
-            return sample.quantized(Quantizer(width, zone)).error
+        def error(width: float, zone: float = deadzone) -> float:
+            return sample.error(Quantizer(width, zone))
 
-        start, _ = estimate(measured, error, start, 1.0)
-        result = sample.quantized(Quantizer(start, deadzone))
-        best = min(best, (result.bits(sample.signed), deadzone, start))
+        width = search(error, target, bounds, True)
+        # The steps of other dead zones are less than four times as wide or narrow.
+        near = math.log(max(width, _TINY))
+        bounds = near - math.log(4), min(near + math.log(4), _MOST)
+        best = min(best, (sample.bits(Quantizer(width, deadzone)), deadzone, width))
     return best[1:]
 
 
-def estimate(
-    measure: Callable[[float], float], target: float, start: float, slope: float
-) -> tuple[float, float]:
-    """Estimate the step at which a measure meets a target, by a few secants.
+def search(
+    measure: Callable[[float], float],
+    target: float,
+    bounds: tuple[float, float],
+    rising: bool,
+) -> float:
+    """Find the step at which a monotone function meets a target, by bisection.
 
-    Parameters
-    ----------
-    measure : Callable[[float], float]
-        Measures a step, on a sample.
-    target : float
-        What is aimed at is a little less.
-    start : float
-        The first step, positive.
-    slope : float
-        A first slope of the measure by the step, of logarithms of both.
-
-    Returns
-    -------
-    tuple[float, float]
-        The step, of another measure where no step is near the target, and the slope.
+    ``bounds`` are logarithms of the step; it is found within 0.05 %.
     """
-    aim, place, before = math.log(max(_AIM * target, _TINY)), math.log(start), None
-    for _ in range(_SECANTS):
-        level = math.log(max(measure(math.exp(place)), _TINY))
-        if abs(level - aim) < _NEAR:
-            break
-        before, slope = (place, level), _secant(before, (place, level), slope)
-        place += min(max((aim - level) / slope, -_STRIDE), _STRIDE)
-    return math.exp(min(place, _MOST)), slope
+    low, high = bounds
+    while high - low > _PRECISION:
+        middle = (low + high) / 2
+        if (measure(math.exp(middle)) > target) == rising:
+            high = middle
+        else:
+            low = middle
+    return math.exp(low if rising else high)
 
 
 def approach(
     measured: Callable[[float], tuple[float, T]],
+    expected: Callable[[float], float],
     target: float,
     start: float,
     bounds: tuple[float, float],
-    slope: float,
+    rising: bool,
 ) -> T:
     """Find a step whose measure is from 99 to 100 % of a target.
 
-    The secant through the last two measures gives the next step. Every third step
-    halves the interval that is left.
+    The secant through the last two measures, or at first the slope of ``expected``,
+    gives the next step. Every third step halves the interval that is left.
 
     Parameters
     ----------
     measured : Callable[[float], tuple[float, T]]
         Returns the measure of a step, and what was computed for it.
+    expected : Callable[[float], float]
+        Approximates the measure.
     target : float
         Positive. It is never exceeded if one of the steps that are tried does not.
     start : float
         The first step.
     bounds : tuple[float, float]
         Logarithms of the least and the largest step.
-    slope : float
-        A first slope of the measure by the step, of logarithms of both. Its sign is
-        that of all slopes.
+    rising : bool
+        Whether the measure rises with the step.
 
     Returns
     -------
@@ -347,9 +391,10 @@ def approach(
         What was computed for the step with the largest measure that is not above the
         target.
     """
-    safe, beyond = sure = bounds if slope > 0 else bounds[::-1]
-    aim, place, tries = math.log(_AIM * target), math.log(max(start, _TINY)), 0
-    before, best_value, best = None, -1.0, None
+    safe, beyond = bounds if rising else bounds[::-1]
+    place, slope = math.log(max(start, _TINY)), _slope(expected, start, rising)
+    before, before_level, tries = 0.0, 0.0, 0
+    best_value, best = -1.0, None
     while abs(beyond - safe) > _PRECISION:
         value, result = measured(math.exp(place))
         if value > target:
@@ -360,22 +405,23 @@ def approach(
                 best_value, best = value, result
             if value >= _LEAST * target:
                 break
-        point, tries = (place, math.log(max(value, _TINY))), tries + 1
-        before, slope = point, _secant(before, point, slope)
-        place += (aim - point[1]) / slope
+        level, tries = math.log(max(value, _TINY)), tries + 1
+        if tries > 1 and place != before:
+            secant = (level - before_level) / (place - before)
+            usable = math.isfinite(secant) and abs(secant) > _FLAT
+            slope = secant if usable and (secant > 0) == rising else slope
+        before, before_level = place, level
+        place += (math.log(_AIM * target) - level) / slope
         if tries % 3 == 0 or not min(safe, beyond) < place < max(safe, beyond):
             place = (safe + beyond) / 2
     if best is None:  # the safest step of all
-        best = measured(math.exp(sure[0]))[1]
+        best = measured(math.exp(bounds[0] if rising else bounds[1]))[1]
     return best
 
 
-def _secant(
-    before: tuple[float, float] | None, point: tuple[float, float], slope: float
-) -> float:
-    """Return the slope through two points, or the one given if they say nothing."""
-    if before is None or before[0] == point[0]:
-        return slope
-    secant = (point[1] - before[1]) / (point[0] - before[0])
-    usable = math.isfinite(secant) and _FLATTEST < abs(secant)
-    return secant if usable and (secant > 0) == (slope > 0) else slope
+def _slope(expected: Callable[[float], float], step: float, rising: bool) -> float:
+    """Return the slope of a function of the step, of logarithms of both."""
+    wider = 1.05
+    values = [math.log(max(expected(step * by), _TINY)) for by in (1 / wider, wider)]
+    slope = (values[1] - values[0]) / (2 * math.log(wider))
+    return max(slope, 0.2) if rising else min(slope, -0.2)
