@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # pylint: disable=wrong-import-position
 import pytest
 import torch
-from torch import nn
 
 from masksl import client_app, config, dataset, server_app
 from masksl.dataset import Spec, TensorImages
@@ -27,7 +26,6 @@ from masksl.engine.local import LocalGrid, open_grid
 from masksl.methods.client import Client
 from masksl.settings import Settings
 from masksl.strategy import RoundStrategy
-from masksl.training.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,27 +88,6 @@ def train(*overrides: str) -> Training:
     for number in range(1, int(settings["rounds"]) + 1):
         training.strategy.run_round(training.grid, number, int(settings["rounds"]))
     return training
-
-
-def torch_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Return PyTorch's own optimiser of a configuration."""
-    if config.name == "adam":
-        return torch.optim.Adam(
-            parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
 
 
 TIMED = ("wall_seconds", "train_seconds", "samples_per_second", "shares")

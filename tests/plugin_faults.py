@@ -4,9 +4,6 @@
 every place that is a line of the file that the variable MASKSL_TEST_KILL names.
 """
 
-import os
-import signal
-from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
@@ -15,6 +12,7 @@ from masksl import client_app
 from masksl.methods.client import Client, Handler
 from masksl.methods.split import client as split
 from masksl.runtime import messages
+from tests.kill import kill_at
 
 FAULTS = {("forward", 1, 1, 1), ("backward", 2, 0, 2), ("evaluate", 2, 0, 0)}
 NAMES = {
@@ -39,21 +37,12 @@ def _wrap(handlers: Any, kind: str) -> None:
             place = at["round"], at["step"]
         here = (name, *place, client.number)
         if "tests.plugin_kill" in plugins:
-            _kill(here)
+            kill_at(" ".join(map(str, here)))
         elif here in FAULTS:
             raise KeyError(f"no luck in {name}")
         return handler(client, content)
 
     handlers[kind] = faulty
-
-
-def _kill(here: tuple[Any, ...]) -> None:
-    order = Path(os.environ["MASKSL_TEST_KILL"])
-    places = order.read_text().splitlines() if order.exists() else []
-    place = " ".join(map(str, here))
-    if place in places:
-        order.write_text("\n".join(other for other in places if other != place))
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 for _kind in NAMES:

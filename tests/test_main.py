@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,7 +140,9 @@ def refusal(
     with pytest.raises(SystemExit) as ended:
         cli.start(main.main, config.CONF)
     assert ended.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out
+    (line,) = said.err.splitlines()
     return line
 
 
@@ -262,8 +263,10 @@ def test_hydras_own_options_work(
     ):
         arguments = ["masksl.main", argument, f"hydra.run.dir={tmp_path}"]
         monkeypatch.setattr(sys, "argv", arguments)
-        with suppress(SystemExit):
+        try:
             cli.start(main.main, config.CONF)
+        except SystemExit as ended:
+            assert not ended.code
         said = capsys.readouterr()
         assert text in said.out
         assert not said.err

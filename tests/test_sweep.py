@@ -22,13 +22,8 @@ from tests.conftest import ROOT, processes
 SWEEP = (
     *("--multirun", "experiment=table1_small", "dataset=digits", "model=small_cnn"),
     *("rounds=4", "dataset.limit=240", "dataset.test_limit=60", "target=0.3"),
-    *(
-        "batch_size=10",
-        "clients=3",
-        "cut=shallow,medium",
-        "compressor=none,ms_context",
-        "seed=1",
-    ),
+    *("batch_size=10", "clients=3", "cut=shallow,medium", "seed=1"),
+    "compressor=none,ms_context",
 )
 RUNS = 3  # uncompressed only at the shallow cut
 

@@ -1,7 +1,7 @@
 """Time of a training step, on an engine and in a bare PyTorch loop."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -186,13 +186,7 @@ def measure_bare(*overrides: str) -> dict[str, Any]:
         data,
         dataset.partition(config, clients, seed),
         network,
-        torch.optim.SGD(
-            network.parameters(),
-            lr=optimizer.lr,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            nesterov=optimizer.nesterov,
-        ),
+        pytorchs(optimizer, network.parameters()),
     )
     rounds, samples = [], 0
     for number in range(ROUNDS):
@@ -206,6 +200,27 @@ def measure_bare(*overrides: str) -> dict[str, Any]:
         "samples_per_second": samples / seconds,
         "shares": {},
     }
+
+
+def pytorchs(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return PyTorch's own optimiser of a configuration."""
+    if config.name == "adam":
+        return torch.optim.Adam(
+            parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
 
 
 def _network(settings: Settings, data: dataset.Dataset) -> nn.Sequential:

@@ -21,8 +21,8 @@ def load_digits(config: DatasetConfig) -> tuple[Images, Images]:
     """
     del config
     text = Path(__file__).with_name("digits.json").read_text(encoding="utf-8")
-    train, test = (_digits(json.loads(text)[split]) for split in ("train", "test"))
-    return train, test
+    splits = json.loads(text)
+    return _digits(splits["train"]), _digits(splits["test"])
 
 
 def _digits(split: dict[str, Any]) -> TensorImages:

@@ -149,8 +149,8 @@ class LocalNetwork:
             gradient.view(-1)[positions] = given
         parameters = [self.tensors[name] for name in self._names]
         with self._compute():
-            given = _Given.apply(output, gradient)  # type: ignore[no-untyped-call]
-            gradients = torch.autograd.grad(given, parameters)
+            scalar = _Given.apply(output, gradient)  # type: ignore[no-untyped-call]
+            gradients = torch.autograd.grad(scalar, parameters)
         return dict(zip(self._names, gradients, strict=True))
 
     def step(self, gradients: Tensors, config: OptimizerConfig, lr: float) -> None:

@@ -1,6 +1,5 @@
 """SGD and Adam on named tensors."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -108,30 +107,28 @@ def apply_gradients(
     lr : float
         Learning rate of this step.
     """
-    names = list(gradients)
+    parameters = {name: tensors[name] for name in gradients}
     for group in config.states:
         state.setdefault(group, {})
-    # PyTorch's functions, without its classes: these load its compiler, which takes as
-    # long as all the rest of a process's start.
+    # PyTorch's functions, without its classes: these load its compiler, which takes
+    # nearly as long as PyTorch itself.
     with torch.no_grad():
         step = _adam if config.name == "adam" else _sgd
-        step(names, [tensors[n] for n in names], gradients, state, config, lr)
+        step(parameters, gradients, state, config, lr)
 
 
-# pylint: disable-next=too-many-arguments,too-many-positional-arguments
 def _sgd(
-    names: Sequence[str],
-    parameters: list[torch.Tensor],
+    parameters: Tensors,
     gradients: Tensors,
     state: dict[str, Tensors],
     config: OptimizerConfig,
     lr: float,
 ) -> None:
     momentum = state.get(MOMENTUM, {})
-    buffers = [momentum.get(name) for name in names]
+    buffers = [momentum.get(name) for name in parameters]
     sgd(
-        parameters,
-        [gradients[name] for name in names],
+        list(parameters.values()),
+        list(gradients.values()),
         buffers,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -141,20 +138,18 @@ def _sgd(
         maximize=False,
     )
     if config.momentum:  # the first step makes the buffers
-        made = zip(names, buffers, strict=True)
+        made = zip(parameters, buffers, strict=True)
         momentum.update({name: buffer for name, buffer in made if buffer is not None})
 
 
-# pylint: disable-next=too-many-arguments,too-many-positional-arguments
 def _adam(
-    names: Sequence[str],
-    parameters: list[torch.Tensor],
+    parameters: Tensors,
     gradients: Tensors,
     state: dict[str, Tensors],
     config: OptimizerConfig,
     lr: float,
 ) -> None:
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in parameters.items():
         if name not in state[STEP]:
             state[MEAN][name] = torch.zeros_like(parameter)
             state[SQUARE][name] = torch.zeros_like(parameter)
@@ -162,11 +157,11 @@ def _adam(
         # PyTorch reads the number of steps on the CPU.
         state[STEP][name] = state[STEP][name].cpu()
     adam(
-        parameters,
-        [gradients[name] for name in names],
-        *([state[group][name] for name in names] for group in (MEAN, SQUARE)),
+        list(parameters.values()),
+        list(gradients.values()),
+        *([state[group][name] for name in parameters] for group in (MEAN, SQUARE)),
         [],
-        [state[STEP][name] for name in names],
+        [state[STEP][name] for name in parameters],
         amsgrad=False,
         beta1=config.betas[0],
         beta2=config.betas[1],

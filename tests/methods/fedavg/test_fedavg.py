@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from masksl import model
+from masksl.bench.steps import pytorchs
 from masksl.compress import make
 from masksl.config import ConfigError
 from masksl.methods import client as clients
@@ -25,7 +26,6 @@ from tests.conftest import (
     Training,
     prepare,
     settings_of,
-    torch_optimizer,
     train,
     untimed,
 )
@@ -78,7 +78,7 @@ def central(
     losses = []
     torch.set_num_threads(1)
     for number in range(1, rounds + 1):
-        optimizer = torch_optimizer(training.strategy.optimizer, network.parameters())
+        optimizer = pytorchs(training.strategy.optimizer, network.parameters())
         total, samples = 0.0, 0
         for step in range(epochs * client.train_steps()):
             images, labels = client.train_batch(Place(number, step))

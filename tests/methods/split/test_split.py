@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 
 from masksl import compress, dataset, model
+from masksl.bench.steps import pytorchs
 from masksl.compress import decode
 from masksl.methods.client import Client, Place
 from masksl.methods.split import client as split_client
@@ -27,7 +28,6 @@ from tests.conftest import (
     Training,
     prepare,
     settings_of,
-    torch_optimizer,
     train,
     untimed,
 )
@@ -72,7 +72,7 @@ def unsplit(training: Training, steps: int) -> tuple[list[float], dict[str, Any]
         str(settings["model.name"]), 10, 3, seed=derive_seed(seed, "model")
     )
     network = nn.Sequential(*units).train()
-    optimizer = torch_optimizer(training.server.optimizer, network.parameters())
+    optimizer = pytorchs(training.server.optimizer, network.parameters())
     losses = []
     torch.set_num_threads(1)
     for step in range(steps):
@@ -140,7 +140,7 @@ def test_onecycle_and_smoothing_equal_unsplit_bit_for_bit(sync: str) -> None:
     prepared = prepare(settings_of(*ONECYCLE))
     units = model.build("small_cnn", 10, 1, seed=derive_seed(42, "model"))
     network = nn.Sequential(*units).train()
-    optimizer = torch_optimizer(prepared.server.optimizer, network.parameters())
+    optimizer = pytorchs(prepared.server.optimizer, network.parameters())
     schedule = OneCycleLR(optimizer, 0.1, 3 * steps, cycle_momentum=False)
     losses = []
     torch.set_num_threads(1)
@@ -194,7 +194,7 @@ def union_reference(
     strategy = training.strategy
     seed = derive_seed(int(strategy.settings["seed"]), "model")
     network = nn.Sequential(*model.build("plain_cnn", 10, 3, seed=seed))
-    optimizer = torch_optimizer(training.server.optimizer, network.parameters())
+    optimizer = pytorchs(training.server.optimizer, network.parameters())
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses = []
