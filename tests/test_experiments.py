@@ -56,7 +56,6 @@ def take_a_step(folder: Path, *overrides: str) -> None:
     ("experiment", "every"),  # every third compressor at a cut, at the next cut others
     [
         ("resnet18_cifar100", 3),
-        ("vgg19_cifar10", 6),
         pytest.param("resnet18_cifar100", 1, marks=pytest.mark.slow),
         pytest.param("vgg19_cifar10", 1, marks=pytest.mark.slow),
     ],

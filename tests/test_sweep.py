@@ -91,14 +91,14 @@ def test_a_sweep_skips_repeated_uncompressed_runs(undisturbed: Path) -> None:
     ]
 
 
-def test_a_sweep_killed_twice_gives_the_same_table(
-    undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_sweep_that_was_killed_gives_the_same_table(
+    kills: int, undisturbed: Path, tmp_path: Path
 ) -> None:
-    kill_sweep(tmp_path, 3, signal.SIGKILL)
-    first = rounds_done(tmp_path)
-    assert len(finished(tmp_path)) < RUNS
-    kill_sweep(tmp_path, first + 5, signal.SIGKILL)
-    assert len(finished(tmp_path)) < RUNS
+    for number in range(kills):
+        rounds = rounds_done(tmp_path) + (5 if number else 3)
+        kill_sweep(tmp_path, rounds, signal.SIGKILL)
+        assert len(finished(tmp_path)) < RUNS
     done = sweep(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{RUNS} of {RUNS} runs are finished" in done.stdout

@@ -39,7 +39,7 @@ def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     ("hosts", "overrides"),
     [
         (1, ("client_sync=round",)),
-        (2, ("client_sync=step",)),
+        pytest.param(2, ("client_sync=step",), marks=pytest.mark.slow),
         (2, ("client_sync=never", "dataset.partition=dirichlet")),
         pytest.param(
             *(3, ("client_sync=never", "dataset.partition=dirichlet")),

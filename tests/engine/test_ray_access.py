@@ -168,7 +168,7 @@ def test_wrong_variables_are_named(
 
 
 @pytest.mark.usefixtures("no_token")
-@pytest.mark.parametrize("token", ["good", None])
+@pytest.mark.parametrize("token", ["good", pytest.param(None, marks=pytest.mark.slow)])
 def test_a_cluster_that_does_not_fit_the_token_is_refused(
     token: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def test_lost_hosts_change_nothing(order: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "evaluate"),
     [
-        ("ray", "server"),
+        pytest.param("ray", "server", marks=pytest.mark.slow),
         pytest.param("ray", "clients", marks=pytest.mark.slow),
         pytest.param("flower", "server", marks=pytest.mark.slow),
         pytest.param("flower", "clients", marks=pytest.mark.slow),
