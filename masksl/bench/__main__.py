@@ -24,6 +24,11 @@ def main() -> None:
 
     speed = commands.add_parser("compress", help="speed and size of every compressor")
     speed.add_argument("--repeats", type=int, default=7, help="times each is timed")
+    speed.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
+    batches = "batches of as many samples of 64x16x16"
+    speed.add_argument(
+        "--samples", nargs="+", type=int, default=compress.SIZES, help=batches
+    )
 
     together = commands.add_parser(
         "sets", help="a model's message, and sums of sparse updates, as frame-sets"
@@ -92,8 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
         result["threads"] = arguments.threads
     match arguments.benchmark:
         case "compress":
-            result["rows"] = compress.measure(arguments.repeats)
-            compress.show(result["rows"])
+            given = arguments.repeats, arguments.device, arguments.samples
+            result["rows"] = compress.measure(*given)
+            compress.show(result["rows"], arguments.device)
         case "sets":
             result["rows"] = sets.measure(arguments.repeats)
             sets.show(result["rows"])

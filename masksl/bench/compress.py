@@ -2,11 +2,13 @@
 
 Every compressor at the paper's settings, at three sizes, on ReLU-like and on signed
 data; beside ``ms`` a straightforward PyTorch version of the published procedure, timed
-in turn with it. Times are medians.
+in turn with it, and a copy within the device's memory. Times are medians; on a GPU they
+end when its work is done, and frames are on the host.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,6 +32,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ec", {"error": 0.25, "context": "none"}),
 ]
 SIZES = (64, 256, 1024)  # samples of 64x16x16: 1 M, 4.2 M, 16.8 M elements
+COPY = "copy on the device"
 STRAIGHT = "ms, straightforward"
 
 Encoded = tuple[torch.Tensor, torch.Tensor]
@@ -65,7 +68,7 @@ def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
     Parameters
     ----------
     tensor : torch.Tensor
-        float32.
+        float32, on the device that is measured.
     repeats : int
         How often each is timed.
 
@@ -75,10 +78,11 @@ def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
         A row for each: times in milliseconds, bytes, error.
     """
     kept = tensor.numel() // 100
-    timed: dict[str, tuple[Encode, Decode]] = {}
+    timed: dict[str, tuple[Encode, Decode]] = {COPY: (torch.clone, torch.clone)}
+    undo_frame = partial(decode, device=tensor.device)
     for name, options in CASES:
         label = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
-        timed[label] = make(name, **options).encode, decode
+        timed[label] = make(name, **options).encode, undo_frame
     if float(tensor.amin()) >= 0:  # the published procedure knows no signs
         timed[STRAIGHT] = (
             lambda whole: straightforward_encode(whole, kept),
@@ -88,17 +92,24 @@ def compare(tensor: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
     results: dict[str, tuple[Any, torch.Tensor]] = {}
     for _ in range(repeats):
         for label, (encode, undo) in timed.items():
-            began = time.perf_counter()
+            began = _now(tensor.device)
             frame = encode(tensor)
-            encoded = time.perf_counter()
+            encoded = _now(tensor.device)
             decoded = undo(frame)
             times[label][0].append(encoded - began)
-            times[label][1].append(time.perf_counter() - encoded)
+            times[label][1].append(_now(tensor.device) - encoded)
             results[label] = frame, decoded
     return [
         _row(label, tensor, *results[label], *map(median, times[label]))
         for label in timed
     ]
+
+
+def _now(device: torch.device) -> float:
+    """Return seconds of a clock, read when the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _row(
@@ -109,8 +120,9 @@ def _row(
     encode: float,
     undo: float,
 ) -> dict[str, Any]:
+    parts = (frame,) if isinstance(frame, torch.Tensor) else frame
     packed = isinstance(frame, bytes)
-    sent = len(frame) if packed else sum(part.nbytes for part in frame)
+    sent = len(frame) if packed else sum(part.nbytes for part in parts)
     return {
         "compressor": label,
         "elements": tensor.numel(),
@@ -124,20 +136,24 @@ def _row(
     }
 
 
-def measure(repeats: int, sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
-    """Return the rows of all sizes and kinds of data."""
+def measure(
+    repeats: int, device: str = "cpu", sizes: Sequence[int] = SIZES
+) -> list[dict[str, Any]]:
+    """Return the rows of all sizes and kinds of data, on a device."""
     rows = []
     for samples in sizes:
         generator = torch.Generator().manual_seed(0)
-        normal = torch.randn(samples, 64, 16, 16, generator=generator)
+        normal = torch.randn(samples, 64, 16, 16, generator=generator).to(device)
         for kind, tensor in (("relu", normal.relu()), ("signed", normal)):
             rows += [{"data": kind} | row for row in compare(tensor, repeats)]
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table."""
-    table = Table(title=f"compressors, {torch.get_num_threads()} threads")
+def show(rows: list[dict[str, Any]], device: str = "cpu") -> None:
+    """Print the rows of a device as a table."""
+    place = device if device == "cpu" else torch.cuda.get_device_name(device)
+    title = f"compressors on {place}, {torch.get_num_threads()} threads"
+    table = Table(title=title)
     for column in ("data", "elements", "compressor"):
         table.add_column(column, justify="left" if column != "elements" else "right")
     for column in (
@@ -155,8 +171,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["data"],
             f"{row['elements']:,}",
             row["compressor"],
-            f"{row['encode_ms']:.1f}",
-            f"{row['decode_ms']:.1f}",
+            f"{row['encode_ms']:.2f}",
+            f"{row['decode_ms']:.2f}",
             f"{row['encode_gb_s']:.2f}",
             f"{row['bytes']:,}",
             f"{row['bits']:.3f}",
