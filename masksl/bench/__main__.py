@@ -15,6 +15,7 @@ from masksl.bench import activations, coding, compress, sets
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
+from masksl.training.compute import describe
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
 
     speed = commands.add_parser("compress", help="speed and size of every compressor")
     speed.add_argument("--repeats", type=int, default=7, help="times each is timed")
-    speed.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
+    speed.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     batches = "batches of as many samples of 64x16x16"
     speed.add_argument(
         "--samples", nargs="+", type=int, default=compress.SIZES, help=batches
@@ -82,8 +83,11 @@ def main() -> None:
         command.add_argument("--json", help="file to write, default bench_NAME.json")
     for command in (coded, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
+    arguments = parser.parse_args()
+    if getattr(arguments, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: must be cpu, no CUDA device is here")
     try:
-        run(parser.parse_args())
+        run(arguments)
     except (CheckpointError, DatasetError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
@@ -97,9 +101,11 @@ def run(arguments: argparse.Namespace) -> None:
         result["threads"] = arguments.threads
     match arguments.benchmark:
         case "compress":
-            given = arguments.repeats, arguments.device, arguments.samples
-            result["rows"] = compress.measure(*given)
-            compress.show(result["rows"], arguments.device)
+            result["rows"] = compress.measure(
+                arguments.repeats, arguments.device, arguments.samples
+            )
+            result["hardware"] = describe(torch.device(arguments.device))
+            compress.show(result["rows"], result["hardware"])
         case "sets":
             result["rows"] = sets.measure(arguments.repeats)
             sets.show(result["rows"])

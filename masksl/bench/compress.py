@@ -149,11 +149,10 @@ def measure(
     return rows
 
 
-def show(rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Print the rows of a device as a table."""
-    place = device if device == "cpu" else torch.cuda.get_device_name(device)
-    title = f"compressors on {place}, {torch.get_num_threads()} threads"
-    table = Table(title=title)
+def show(rows: list[dict[str, Any]], hardware: str) -> None:
+    """Print the rows of the named hardware as a table."""
+    threads = torch.get_num_threads()
+    table = Table(title=f"compressors, {hardware}, {threads} threads")
     for column in ("data", "elements", "compressor"):
         table.add_column(column, justify="left" if column != "elements" else "right")
     for column in (
