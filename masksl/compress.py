@@ -408,9 +408,10 @@ class Sparsification(Compressor):
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
     ) -> Packed:
         rows = planes.rows(shape, self.scope)
-        kept = topk.kept(self.sparsity, flat.numel() // rows)
+        k = topk.kept(self.sparsity, flat.numel() // rows)
         magnitude = planes.working(flat).abs().view(rows, -1)
-        chosen = self.select(magnitude, kept, seed=seed, training=training)
+        chosen = self.select(magnitude, k, seed=seed, training=training)
+        kept = len(chosen) // rows
         values = planes.narrow(flat[chosen], self.values, bounds, self.name)
         form, coded = positions.write_positions(
             chosen, shape, self.lossless, gaps=self.positions == "auto"

@@ -146,8 +146,13 @@ def check(settings: Mapping[str, Value]) -> None:
     read(tracker_of(settings).config, settings, "tracking")
     compressors = {slot: compressor_of(settings, slot) for slot in COMPRESSOR_GROUPS}
     _check_model(settings)
-    for slot in method_config(settings).unused_slots:
+    method = method_config(settings)
+    for slot in method.unused_slots:
         _check_unused(settings, slot, compressors[slot])
+    for key, (value, reason) in method.fixed.items():
+        if settings[key] != value:
+            allowed = f"{value} with method={settings['method.name']}, where {reason}"
+            raise ConfigError.of(key, settings[key], allowed)
     _check_gradient_positions(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))

@@ -198,6 +198,19 @@ def _lenet(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*hidden), nn.Sequential(nn.Linear(64, classes))]
 
 
+def _mlp(width: int) -> Callable[[int, int], Units]:
+    """Return the constructor of a network for 28x28 with one hidden layer."""
+
+    def build_mlp(classes: int, channels: int) -> Units:
+        hidden = nn.Linear(28 * 28 * channels, width)
+        return [
+            nn.Sequential(nn.Flatten(), hidden, nn.ReLU(inplace=True)),
+            nn.Linear(width, classes),
+        ]
+
+    return build_mlp
+
+
 _VGG19_LAYERS: list[int | str] = [
     *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
     *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
@@ -374,6 +387,8 @@ ARCHITECTURES = {
     "lenet": Architecture(
         _lenet, 4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)
     ),
+    "mlp_128": Architecture(_mlp(128), 2, {"shallow": 1}, (28,), (1,)),
+    "mlp_512": Architecture(_mlp(512), 2, {"shallow": 1}, (28,), (1,)),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
     "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
     "resnet9": Architecture(_resnet9, 7, {"shallow": 1, "medium": 3, "deep": 4}, (32,)),

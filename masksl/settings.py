@@ -39,10 +39,14 @@ class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan
     unused_slots : tuple[str, ...]
         Of a method: slots of compressors that must be ``none``, because it sends
         nothing through them.
+    fixed : Mapping[str, tuple[str | int | float | bool, str]]
+        Of a method: keys outside of its section, the one value that each must have, and
+        why.
     """
 
     top_level: ClassVar[tuple[str, ...]] = ()
     unused_slots: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[Mapping[str, tuple[Value, str]]] = {}
 
 
 _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"

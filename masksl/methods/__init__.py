@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from masksl.methods.fedavg import FedAvgConfig
+from masksl.methods.sasg import SasgConfig
 from masksl.methods.split import SplitConfig
 from masksl.settings import ConfigError, Section, Value, read
 
@@ -53,6 +54,11 @@ METHODS: dict[str, Method] = {
         FedAvgConfig,
         "masksl.methods.fedavg.server:FedAvgServer",
         "masksl.methods.fedavg.client:CLIENT",
+    ),
+    "sasg": Method(
+        SasgConfig,
+        "masksl.methods.sasg.server:SasgServer",
+        "masksl.methods.sasg.client:CLIENT",
     ),
 }
 """Every method by its name."""

@@ -95,6 +95,7 @@ class _Caches:
 
     shuffled: dict[int, _Shuffled] = field(default_factory=dict)
     received: tuple[ArrayRecord, Tensors] | None = None  # the last decoded model
+    method: Any = None  # what the method itself keeps
 
 
 @dataclass(frozen=True)

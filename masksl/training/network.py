@@ -202,19 +202,46 @@ class LocalNetwork:
             The mean cross-entropy before the step. If it is not finite, there is no
             step.
         """
+        loss, gradients = self.gradients(
+            images, labels, smoothing=config.label_smoothing, seed=seed
+        )
+        if gradients is not None:
+            if correct is not None:
+                with torch.no_grad(), self._compute():
+                    correct(gradients)
+            self.step(gradients, config, lr)
+        return loss
+
+    def gradients(
+        self, images: torch.Tensor, labels: torch.Tensor, *, smoothing: float, seed: int
+    ) -> tuple[float, Tensors | None]:
+        """Return the mean loss of a mini-batch on a whole network, and its gradients.
+
+        Parameters
+        ----------
+        images : torch.Tensor
+            float32, shape (B, C, H, W).
+        labels : torch.Tensor
+            int64, shape (B,).
+        smoothing : float
+            `OptimizerConfig.label_smoothing`.
+        seed : int
+            Seed of dropout.
+
+        Returns
+        -------
+        tuple[float, dict[str, torch.Tensor] | None]
+            The mean cross-entropy; the gradient of every parameter by name, None if the
+            loss is not finite.
+        """
         logits = self.forward(images, seed=seed).requires_grad_(True)
         with self._compute():
-            loss = mean_loss(logits, labels, config.label_smoothing)
+            loss = mean_loss(logits, labels, smoothing)
             (gradient,) = torch.autograd.grad(loss, logits)
         if not loss.isfinite():
             self._output = None
-            return loss.item()
-        gradients = self.backward(gradient)
-        if correct is not None:
-            with torch.no_grad(), self._compute():
-                correct(gradients)
-        self.step(gradients, config, lr)
-        return loss.item()
+            return loss.item(), None
+        return loss.item(), self.backward(gradient)
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Return the output for images in evaluation mode; nothing changes."""

@@ -1,0 +1,102 @@
+"""Message types and records of SASG."""
+
+import struct
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from masksl.compress import FrameError
+from masksl.runtime.messages import FRAMES
+
+TRAIN = "train.gradient"
+BUFFERS = "evaluate.buffers"
+
+UPDATE = "update"
+THRESHOLD = "threshold"
+SENDERS = "senders"
+SKIP = "skip"
+BUFFER = "buffer"
+
+_RAW = "masksl.raw"
+_NUMBER = struct.Struct("<d")
+_SKIPPED = b"\x01"
+
+
+def threshold_record(threshold: float) -> ArrayRecord:
+    """Return a record of the threshold of an iteration: 8 bytes."""
+    return _record(_NUMBER.pack(threshold))
+
+
+def threshold_of(content: RecordDict) -> float | None:
+    """Return the threshold of a message, None if it has none."""
+    if THRESHOLD not in content.array_records:
+        return None
+    (threshold,) = _NUMBER.unpack(_data(content, THRESHOLD, _NUMBER.size))
+    if not threshold >= 0:
+        raise FrameError(f"threshold of {threshold}")
+    return float(threshold)
+
+
+def skip_record() -> ArrayRecord:
+    """Return the record by which a worker says that it uploads nothing: 1 byte."""
+    return _record(_SKIPPED)
+
+
+def has_skipped(content: RecordDict) -> bool:
+    """Return whether a reply says that its worker uploads nothing."""
+    if SKIP not in content.array_records:
+        return False
+    if _data(content, SKIP, 1) != _SKIPPED:
+        raise FrameError("skip that is none")
+    return True
+
+
+def senders_record(senders: Sequence[int], workers: int) -> ArrayRecord:
+    """Return a record of who sent the relayed uploads: a bit for each worker."""
+    flags = np.zeros(workers, np.uint8)
+    flags[list(senders)] = 1
+    return _record(np.packbits(flags, bitorder="little").tobytes())
+
+
+def relay_record(frames: Mapping[int, tuple[bytes, int]]) -> ArrayRecord:
+    """Return a record of other workers' frame-sets, with their dense bytes."""
+    record = ArrayRecord()
+    for number, (data, dense) in sorted(frames.items()):
+        record[str(number)] = Array(
+            dtype="uint8", shape=(dense,), stype=FRAMES, data=data
+        )
+    return record
+
+
+def relayed(content: RecordDict, workers: int) -> dict[int, bytes]:
+    """Return the frame-sets of a message by the worker that uploaded them.
+
+    Raises
+    ------
+    FrameError
+        If there are not as many as senders.
+    """
+    packed = np.frombuffer(_data(content, SENDERS, -(-workers // 8)), np.uint8)
+    flags = np.unpackbits(packed, bitorder="little")
+    numbers = np.flatnonzero(flags).tolist()
+    record = content.array_records.get(UPDATE, {})
+    frames = [array.data for array in record.values() if array.stype == FRAMES]
+    if len(frames) != len(numbers) or any(n >= workers for n in numbers):
+        raise FrameError(f"{len(frames)} uploads of the workers {numbers}")
+    return dict(zip(numbers, frames, strict=True))
+
+
+def _record(data: bytes) -> ArrayRecord:
+    record = ArrayRecord()
+    record["data"] = Array(dtype="uint8", shape=(len(data),), stype=_RAW, data=data)
+    return record
+
+
+def _data(content: RecordDict, kind: str, size: int) -> bytes:
+    """Return the bytes of a record; `FrameError` unless it has as many."""
+    record = content.array_records.get(kind)
+    array = record.get("data") if record else None
+    if array is None or array.stype != _RAW or len(array.data) != size:
+        raise FrameError(f"message without {kind}")
+    return array.data

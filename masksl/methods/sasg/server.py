@@ -1,0 +1,397 @@
+"""The server side of SASG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import nn
+
+from masksl import dataset
+from masksl.compress import FrameError, encode_set
+from masksl.dataset import DatasetConfig, DatasetError, batches
+from masksl.methods import method_config
+from masksl.methods.base import ServerMethod, State
+from masksl.methods.network import initial_units
+from masksl.methods.sasg import SasgConfig
+from masksl.methods.sasg.client import (
+    FLAT,
+    REFERENCE,
+    SKIPS,
+    VECTORS,
+    WEIGHTS,
+    join,
+)
+from masksl.methods.sasg.messages import (
+    BUFFER,
+    BUFFERS,
+    SENDERS,
+    THRESHOLD,
+    TRAIN,
+    UPDATE,
+    has_skipped,
+    relay_record,
+    senders_record,
+    threshold_record,
+)
+from masksl.methods.sasg.vectors import Layout, Vector, squared_norm, total_of
+from masksl.runtime import messages
+from masksl.runtime.clients import ClientInfo, ClientManager
+from masksl.runtime.compressors import EXACT, compressor_of
+from masksl.runtime.ledger import Traffic
+from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.round import Round
+from masksl.settings import RunConfig, Settings, ThreadsConfig, read
+from masksl.training.compute import ComputeConfig, resolve_device
+from masksl.training.network import LocalNetwork
+from masksl.training.score import Score, score
+from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
+
+
+class _Past(NamedTuple):
+    """A step of w: its squared norm, and the learning rate that it was made with."""
+
+    square: float
+    rate: float
+
+
+@dataclass
+class _Worker:
+    """What the server knows of a worker.
+
+    Attributes
+    ----------
+    data : bytes
+        Its last upload as it came, empty before the first one.
+    vector : Vector | None
+        What it decodes to.
+    since : int
+        Version of w at that upload.
+    skips : int
+        Iterations skipped, counted as the worker does.
+    """
+
+    data: bytes = b""
+    vector: Vector | None = None
+    since: int = 0
+    skips: int = 0
+
+
+@dataclass
+class _Counts:
+    """Uploads and skips of a round."""
+
+    uploads: int = 0
+    skips: int = 0
+
+
+class SasgServer(ServerMethod):
+    """SASG (arXiv 2112.04088), LASG (arXiv 2002.11360), sparse SGD, and SGD.
+
+    A step is an iteration. Every worker computes a gradient on a mini-batch; w moves by
+    the sum of the last uploads of all workers, new or not.
+
+    Parameters
+    ----------
+    settings : Settings
+        Configuration of the run.
+    module : nn.Module
+        The network with its initial weights, on the device of the server.
+    """
+
+    labels: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "uploads": ("uploads", ",d"),
+        "skips": ("skipped uploads", ",d"),
+    }
+
+    def __init__(self, settings: Settings, module: nn.Module) -> None:
+        config = method_config(settings)
+        assert isinstance(config, SasgConfig)
+        self.config = config
+        self.run = RunConfig.of(settings)
+        self.module = module
+        self.layout = Layout.of(module)
+        tensors = tensors_of(module)
+        self.weights = self.layout.flat(tensors)
+        self.previous = self.weights  # of the version before
+        self.version = 0
+        self.workers = [_Worker() for _ in range(self.run.clients)]
+        self.counts = _Counts()
+        shapes = self.layout.shapes
+        self.buffers = {n: copy for n, copy in copies(tensors).items() if n not in shapes}
+        chosen = compressor_of(settings, "compressor")
+        self.compressor = chosen if config.is_sparse else EXACT
+        self._label = f"compressor {self.compressor.name}"
+        self._threads = read(ThreadsConfig, settings, "threads").server
+        self._compute = read(ComputeConfig, settings, "compute")
+        self._data = read(DatasetConfig, settings, "dataset")
+        self._history: list[_Past] = []
+        self._fresh: list[int] = []  # who uploaded in the last iteration
+        self._references: dict[int, torch.Tensor] = {}  # versions that workers refer to
+        self._encoded: tuple[int, ArrayRecord] | None = None
+
+    @classmethod
+    def build(cls, settings: Settings, clients: ClientManager) -> Self:
+        """Build the network from the seed."""
+        del clients
+        device = resolve_device(RunConfig.of(settings).device)
+        return cls(settings, nn.Sequential(*initial_units(settings)).to(device))
+
+    # --- training ---------------------------------------------------------------------
+
+    def steps(self, round_: Round) -> int:
+        """Return the mini-batches of the client that has most.
+
+        Clients with fewer begin a further pass, so that all take part in every step.
+        """
+        self.counts = _Counts()
+        size = self.run.batch_size
+        return max(len(batches(c.train_samples, size)) for c in round_.clients)
+
+    def run_step(self, round_: Round, step: int) -> float | None:
+        """Have every worker compute a gradient, and move w by all last uploads."""
+        lr, threshold = round_.lr_at(step), self._threshold(round_, step)
+        sent = {}
+        for client in round_.clients:
+            place = {"round": round_.number, "step": step, "lr": lr}
+            place["iteration"] = self.version
+            content = RecordDict({messages.PLACE: ConfigRecord(place)})  # type: ignore
+            with ends_run(round_.place(step, client.number, "w")):
+                with round_.watch("codec"):
+                    self._attach(content, client)
+            if threshold is not None:
+                content[THRESHOLD] = threshold_record(threshold)
+            sent[client.number] = content
+        replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
+        if len(replies) < len(sent):
+            raise RunError(
+                f"{round_.place(step)}: method=sasg needs every worker; "
+                f"{round_.last_failure}"
+            )
+        self._fresh = []
+        loss, samples = 0.0, 0
+        for number, content in replies.items():
+            with ends_run(round_.place(step, number, self._label)):
+                with round_.watch("codec"):
+                    self._take(number, content, threshold)
+            metrics = metrics_of(content)
+            round_.add_loss(metrics["loss"], metrics["samples"])
+            loss += metrics["loss"] * metrics["samples"]
+            samples += metrics["samples"]
+        with round_.watch("server"):
+            self._move(round_, step, lr)
+        return loss / samples
+
+    def _threshold(self, round_: Round, step: int) -> float | None:
+        """Return the threshold of an iteration, None while everybody uploads."""
+        config = self.config
+        if not config.rule or self.version < config.delay:
+            return None
+        if config.threshold_lag == "step":
+            total = sum(past.square / past.rate for past in self._history)
+            return config.constant / self.run.clients**2 * total
+        total = sum(past.square for past in self._history)
+        rate = _earlier(round_, step, config.threshold_lag)
+        return config.constant / (rate * self.run.clients**2) * total
+
+    def _take(
+        self, number: int, content: RecordDict, threshold: float | None
+    ) -> None:
+        """Take what a worker replied: an upload, or word that it skips."""
+        worker = self.workers[number]
+        if has_skipped(content):
+            if threshold is None or worker.skips > self.config.delay:
+                raise FrameError("skip that is not allowed")
+            worker.skips += 1
+            self.counts.skips += 1
+            return
+        data = messages.set_of(content, UPDATE)
+        worker.vector = self.layout.decode_vector(data, self.compressor)
+        worker.data = data
+        worker.since = self.version
+        worker.skips = int(threshold is not None)
+        self._fresh.append(number)
+        self.counts.uploads += 1
+
+    def _move(self, round_: Round, step: int, lr: float) -> None:
+        """Subtract the sum of all last uploads from w."""
+        config = self.config
+        if config.rule:
+            if self._fresh:
+                self._references[self.version] = self.weights
+            used = {worker.since for worker in self.workers}
+            kept = self._references.items()
+            self._references = {v: flat for v, flat in kept if v in used}
+        total = self._total()
+        square = squared_norm(total)
+        if not math.isfinite(square):
+            raise RunError(f"{round_.place(step)}: the step of w is not finite")
+        self.previous, self.weights = self.weights, self.weights - total
+        self.version += 1
+        self._history.append(_Past(square, lr))
+        del self._history[: -config.history]
+
+    def _total(self) -> torch.Tensor:
+        vectors = [w.vector for w in self.workers if w.vector is not None]
+        return total_of(vectors, self.layout)
+
+    # --- what comes down --------------------------------------------------------------
+
+    def _attach(self, content: RecordDict, client: ClientInfo) -> None:
+        """Add to a message what its client needs to have the current w."""
+        if client.version == self.version:
+            return
+        way = self.config.way_down
+        if way == "relay":
+            others = [n for n in self._fresh if n != client.number]
+            dense = 4 * self.layout.elements
+            frames = {n: (self.workers[n].data, dense) for n in others}
+            content[SENDERS] = senders_record(others, len(self.workers))
+            if others:
+                content[UPDATE] = relay_record(frames)
+        else:
+            content[messages.MODEL if way == "dense" else UPDATE] = self._record()
+        client.version = self.version
+
+    def _record(self) -> ArrayRecord:
+        """Encode w, or the sum by which it came about, once a version."""
+        if self._encoded is None or self._encoded[0] != self.version:
+            dense = 4 * self.layout.elements
+            if self.config.way_down == "dense":
+                data = encode_set(self.layout.named(self.weights))
+            else:
+                data = self.layout.encode_nonzero(self._total())
+            self._encoded = self.version, messages.set_record(data, dense)
+        return self._encoded[1]
+
+    # --- evaluation -------------------------------------------------------------------
+
+    def evaluate(self, round_: Round) -> Score:
+        """Score w on the whole test set, here; the workers send their buffers."""
+        if self.buffers:
+            self._collect_buffers(round_)
+        with round_.watch("server"):
+            try:
+                total = self._score()
+            except DatasetError as error:
+                place = f"round {round_.number}, evaluation"
+                raise RunError(f"{place}: {error}") from error
+        if not math.isfinite(total.loss):
+            raise RunError(f"round {round_.number}, evaluation: loss not finite")
+        return total
+
+    def _collect_buffers(self, round_: Round) -> None:
+        """Average the buffers of all workers."""
+        place = ConfigRecord({"round": round_.number, "step": 0})
+        every = round_.manager.clients
+        sent = {c.number: RecordDict({messages.PLACE: place}) for c in every}
+        replies = round_.exchange(BUFFERS, sent, step=0, label=BUFFER)
+        received = []
+        for number, content in replies.items():
+            with ends_run(round_.place(0, number, BUFFER)), round_.watch("codec"):
+                own = messages.model_of(content, self.buffers, BUFFER)
+                if own is None:
+                    raise FrameError(f"message without {BUFFER}")
+                received.append(own)
+        self.buffers = average(received, [1] * len(received), torch.float64)
+
+    def _score(self) -> Score:
+        data = dataset.load(self._data, str(self.layout.device))
+        tensors = self.layout.named(self.weights.detach()) | copies(self.buffers)
+        network = LocalNetwork(self.module, tensors, {}, self._threads, self._compute)
+        total = Score()
+        every = torch.arange(len(data.test.labels))
+        for indices in every.split(self.run.eval_batch_size):
+            images, labels = data.test_batch(indices)
+            total += score(network.evaluate(images), labels)
+        return total
+
+    # --- state and results ------------------------------------------------------------
+
+    def state(self) -> State:
+        """Return w, what workers refer to, and their last uploads."""
+        groups = {
+            "model": copies(self.layout.named(self.weights) | self.buffers),
+            "previous": {FLAT: self.previous.clone()},
+            REFERENCE: {str(v): flat.clone() for v, flat in self._references.items()},
+            UPDATE: {
+                str(number): torch.from_numpy(np.frombuffer(worker.data, np.uint8).copy())
+                for number, worker in enumerate(self.workers)
+                if worker.data
+            },
+        }
+        facts = {
+            "version": self.version,
+            "fresh": list(self._fresh),
+            "history": [list(past) for past in self._history],
+            "workers": [[worker.since, worker.skips] for worker in self.workers],
+        }
+        return State(grouped(groups), facts)
+
+    def load(self, state: State) -> None:
+        """Restore what `state` returned."""
+        tensors, facts, device = state.tensors, state.facts, self.layout.device
+        model = {n: t.to(device, copy=True) for n, t in group(tensors, "model").items()}
+        self.weights = self.layout.flat(model)
+        self.buffers = {name: model[name] for name in self.buffers}
+        self.previous = group(tensors, "previous")[FLAT].to(device, copy=True)
+        self.version = facts["version"]
+        self._fresh = list(facts["fresh"])
+        self._history = [_Past(*past) for past in facts["history"]]
+        references = group(tensors, REFERENCE).items()
+        self._references = {int(v): t.to(device, copy=True) for v, t in references}
+        self.workers = [_Worker(since=s, skips=n) for s, n in facts["workers"]]
+        for number, data in group(tensors, UPDATE).items():
+            worker = self.workers[int(number)]
+            worker.data = data.cpu().numpy().tobytes()
+            worker.vector = self.layout.decode_vector(worker.data, self.compressor)
+        self._encoded = None
+
+    def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
+        """Return what the server knows of the state of a worker.
+
+        Its w is that of the iteration before: what came about since comes with the next
+        message, as it does for a worker that was not disturbed.
+        """
+        if not self.version:
+            return {}
+        worker, way = self.workers[client.number], self.config.way_down
+        groups: dict[str, Tensors] = {}
+        if client.version == self.version:
+            groups[WEIGHTS] = {FLAT: self.weights}
+        elif way != "dense":
+            groups[WEIGHTS] = {FLAT: self.previous}
+        if self.config.rule:
+            groups[REFERENCE] = {FLAT: self._references[worker.since]}
+            groups[SKIPS] = {"number": torch.tensor(worker.skips)}
+        if way == "relay":
+            vectors = [each.vector for each in self.workers]
+            groups[VECTORS] = join([each for each in vectors if each is not None])
+        return {
+            messages.STATE + name: messages.state_record(tensors)
+            for name, tensors in groups.items()
+        }
+
+    def metrics(self, round_: Round) -> dict[str, Any]:
+        """Return uploads and skips of the round."""
+        del round_
+        return {"uploads": self.counts.uploads, "skips": self.counts.skips}
+
+    def summary(
+        self, rows: Sequence[Mapping[str, Any]], traffic: Traffic
+    ) -> dict[str, Any]:
+        """Return uploads and skips of the whole run."""
+        del traffic
+        return {key: sum(row[key] for row in rows) for key in ("uploads", "skips")}
+
+
+def _earlier(round_: Round, step: int, lag: float) -> float:
+    """Return the learning rate so many rounds before a step, at most the first one."""
+    steps = max(1, round_.steps)
+    place = max(0.0, round_.number - 1 + step / steps - lag)
+    done = int(place)
+    rates = replace(round_.rates, round=done + 1)
+    return rates.at(min(steps - 1, round((place - done) * steps)), steps)

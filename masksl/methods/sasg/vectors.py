@@ -1,0 +1,196 @@
+"""The parameters of a network as one vector, and the vectors that workers upload."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from masksl.compress import (
+    Compressor,
+    FrameError,
+    NotFiniteError,
+    Sparsification,
+    decode_set,
+    decode_set_sparse,
+    encode_set,
+    has_positions,
+)
+from masksl.runtime.compressors import EXACT
+from masksl.training.tensors import Tensors
+
+Shapes = dict[str, torch.Size]
+
+
+class _Nonzero(Sparsification):
+    """Keeps the elements that are not zero, however many; its frames are those of sp.
+
+    The first element is kept where there is none.
+    """
+
+    def select(
+        self, magnitude: torch.Tensor, k: int, *, seed: int, training: bool
+    ) -> torch.Tensor:
+        """Return the positions of the elements that are not zero."""
+        del k, seed, training
+        found = magnitude.view(-1).nonzero().view(-1)
+        return found if len(found) else found.new_zeros(1)
+
+
+_NONZERO = _Nonzero(positions="auto")
+
+
+class Vector(NamedTuple):
+    """What a worker uploaded, as the receiver has it.
+
+    Parameters
+    ----------
+    positions : torch.Tensor | None
+        int64, shape (k,): ascending positions among all d parameters. None if it has
+        all of them.
+    values : torch.Tensor
+        float32, shape (k,) or (d,).
+    """
+
+    positions: torch.Tensor | None
+    values: torch.Tensor
+
+    def add_to(self, total: torch.Tensor) -> None:
+        """Add it to a dense vector, float32, shape (d,)."""
+        if self.positions is None:
+            total.add_(self.values)
+        else:  # no position comes twice, so the order of additions is fixed
+            total.index_add_(0, self.positions, self.values)
+
+    def taken_from(self, total: torch.Tensor) -> torch.Tensor:
+        """Return a dense vector minus this one."""
+        left = total.clone()
+        Vector(self.positions, -self.values).add_to(left)
+        return left
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the parameters of a network lie in one vector.
+
+    Parameters
+    ----------
+    shapes : dict[str, torch.Size]
+        Shapes of the parameters by name, in order.
+    device : torch.device
+        Device of the vectors.
+    """
+
+    shapes: Shapes
+    device: torch.device
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Layout":
+        """Return the layout of a network's parameters."""
+        named = dict(module.named_parameters())
+        device = next(iter(named.values())).device
+        return cls({name: p.shape for name, p in named.items()}, device)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [prod(shape) for shape in self.shapes.values()]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all parameters, d."""
+        return sum(self.sizes)
+
+    def named(self, flat: torch.Tensor) -> Tensors:
+        """Return the views of a vector by name; they share its memory."""
+        parts = flat.split(self.sizes)
+        pairs = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in pairs}
+
+    def flat(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the vector of tensors by name, a copy."""
+        return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
+
+    def zeros(self) -> torch.Tensor:
+        """Return a vector of zeros, float32, shape (d,)."""
+        return torch.zeros(self.elements, device=self.device)
+
+    # --- what is sent -----------------------------------------------------------------
+
+    def encode(self, flat: torch.Tensor, compressor: Compressor, *, seed: int) -> bytes:
+        """Encode a vector as one frame-set, compressed tensor by tensor.
+
+        Raises
+        ------
+        NotFiniteError
+            If a tensor has values that are not finite.
+        """
+        if compressor == EXACT:
+            if not flat.isfinite().all():
+                raise NotFiniteError("gradient not finite")
+            return encode_set(self.named(flat))
+        return encode_set(self.named(flat), compressor, seed=seed)
+
+    def encode_nonzero(self, flat: torch.Tensor) -> bytes:
+        """Encode the elements of a vector that are not zero as one frame-set."""
+        return encode_set(self.named(flat), _NONZERO)
+
+    def decode(self, data: bytes) -> torch.Tensor:
+        """Decode a frame-set to a vector, float32, shape (d,); raises `FrameError`."""
+        return self.flat(decode_set(data, self._like))
+
+    def decode_vector(self, data: bytes, compressor: Compressor) -> Vector:
+        """Decode an upload; where the compressor has none, positions are not zero.
+
+        Raises
+        ------
+        FrameError
+            If the frame-set is broken, or has values that are not finite.
+        """
+        if compressor == EXACT:
+            vector = Vector(None, self.decode(data))
+        elif has_positions(compressor.name):
+            vector = self._sparse(data)
+        else:
+            flat = self.decode(data)
+            positions = flat.nonzero().view(-1)
+            vector = Vector(positions, flat[positions])
+        if not vector.values.isfinite().all():
+            raise FrameError("update not finite")
+        return vector
+
+    def _sparse(self, data: bytes) -> Vector:
+        found = decode_set_sparse(data, self._like)
+        if found.keys() != self.shapes.keys():
+            raise FrameError("update without all parameters")
+        positions, values, start = [], [], 0
+        for (own, kept), size in zip(found.values(), self.sizes, strict=True):
+            positions.append(own + start)
+            values.append(kept)
+            start += size
+        return Vector(torch.cat(positions), torch.cat(values))
+
+    @cached_property
+    def _like(self) -> Tensors:
+        """Tensors of the parameters' dtype and shapes, without memory of their own."""
+        one = torch.empty((), device=self.device)
+        return {name: one.expand(shape) for name, shape in self.shapes.items()}
+
+
+def total_of(vectors: Sequence[Vector], layout: Layout) -> torch.Tensor:
+    """Return the sum of all workers' vectors, added in the order of their numbers.
+
+    The order makes it the same on the server and on every client.
+    """
+    total = layout.zeros()
+    for vector in vectors:
+        vector.add_to(total)
+    return total
+
+
+def squared_norm(flat: torch.Tensor) -> float:
+    """Return the squared norm of a vector, computed in float64."""
+    return float(flat.double().square().sum())
