@@ -53,6 +53,7 @@ from masksl.codec.sets import (
     decode_set_sparse,
     encode_set,
 )
+from masksl.codec.spsign import SignSparsification
 
 __all__ = [
     "COMPRESSORS",
@@ -62,6 +63,7 @@ __all__ = [
     "Mask",
     "MaskSparsification",
     "NotFiniteError",
+    "SignSparsification",
     "decode",
     "decode_set",
     "decode_set_exact",
@@ -493,3 +495,4 @@ class RandomizedSparsification(Sparsification):
 register(MaskSparsification)
 register(EntropyCodedQuantization)
 register(Mask)
+register(SignSparsification)

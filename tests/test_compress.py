@@ -57,6 +57,8 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("ms", {"sparsity": 0.9, "bits": 3, "rounding": "floor"}),
     ("ms", {"sparsity": 0.9, "bits": 2, "scope": "sample", "lossless": "fast"}),
     ("ms", {"sparsity": 0.9, "bits": 2, "lossless": "auto"}),
+    ("spsign", {"sparsity": 0.9}),
+    ("spsign", {"sparsity": 0.95, "magnitudes": 4, "layout": "none"}),
     ("ec", {}),
     ("ec", {"step": 0.5, "deadzone": 0.6}),
     ("ec", {"bits": 3.0}),
@@ -349,6 +351,8 @@ def check_against_plain_loop(
             check_row(
                 case, x[start : start + size], got[start : start + size], eps, least
             )
+    elif name == "spsign":
+        check_signs(options, x, got, 4 * eps * largest + least)
     elif name == "ec":
         assert max(map(abs, got)) <= largest * (1 + 4 * eps) + least
         if "step" in options and len(x) > 1:
@@ -397,6 +401,23 @@ def levels_of(case: tuple[str, dict[str, Any]], x: list[float]) -> list[float]:
     if options.get("scale") != "none":
         numbers = [number * largest / max(numbers) for number in numbers]
     return sorted({sign * number for number in numbers for sign in (-1, 1)})
+
+
+def check_signs(
+    options: dict[str, Any], x: list[float], got: list[float], slack: float
+) -> None:
+    """The largest k become one of few magnitudes, the nearest; all others zero."""
+    k = max(1, math.floor(round((1 - options["sparsity"]) * len(x), 9)))
+    order = sorted(range(len(x)), key=lambda i: (-abs(x[i]), i))[:k]
+    assert all(got[i] == 0 for i in set(range(len(x))) - set(order))
+    levels = {abs(got[i]) for i in order}
+    assert len(levels) <= options.get("magnitudes", 2)
+    for i in order:
+        off = abs(abs(got[i]) - abs(x[i]))
+        assert off <= min(abs(level - abs(x[i])) for level in levels) + slack
+        assert got[i] == 0 or math.copysign(1, got[i]) == math.copysign(1, x[i])
+    mean = sum(abs(x[i]) for i in order) / k
+    assert abs(sum(abs(got[i]) for i in order) / k - mean) <= slack
 
 
 def check_row(

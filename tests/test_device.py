@@ -162,7 +162,12 @@ def test_every_compressor_that_computes_on_a_device_is_tested_here() -> None:
 
     `mask` is tested with both of its ways.
     """
-    assert set(COMPRESSORS) - {name for name, _ in CASES} == {"ec", "rt", "mask"}
+    assert set(COMPRESSORS) - {name for name, _ in CASES} == {
+        "ec",
+        "rt",
+        "mask",
+        "spsign",
+    }
 
 
 @pytest.mark.parametrize("shape", [(7,), SHAPE])

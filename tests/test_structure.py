@@ -37,9 +37,10 @@ IMPORTS: dict[str, set[str]] = {
         ),
     },
     # the configurations alone
-    "methods": {"methods.fedavg", "methods.split", "settings"},
+    "methods": {"methods.fedavg", "methods.sasg", "methods.split", "settings"},
     "methods.base": METHOD,
     "methods.fedavg": METHOD | {"methods.fedavg"},
+    "methods.sasg": METHOD | {"methods.sasg"},
     "methods.split": METHOD | {"methods.split"},
     "strategy": {"methods.base", "runtime", "settings", "training", "utils"},
     "config": {
@@ -73,6 +74,7 @@ ALLOWED = {
     "runtime": {"flwr"},
     "methods.base": {"flwr"},
     "methods.fedavg": {"flwr"},
+    "methods.sasg": {"flwr"},
     "methods.split": {"flwr"},
     "client_app": {"flwr"},
     "strategy": {"flwr"},

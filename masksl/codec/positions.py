@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,15 @@ from masksl.codec.gaps import encode_gaps, gap_blocks
 from masksl.codec.wire import FrameError
 
 _INDICES, _GAPS = 16, 18  # forms beside those of planes
+
+
+class Values(Protocol):
+    """The values of kept elements, in order of position."""
+
+    count: int
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """Return values, shape (stop - start,), of the type of the frame's tensor."""
 
 
 def write_positions(
@@ -68,7 +78,7 @@ def place(
     header: wire.Header,
     payload: memoryview,
     form: int,
-    values: planes.Values,
+    values: Values,
     device: torch.device | str,
 ) -> torch.Tensor:
     """Return a tensor of zeros with values at the encoded positions.
@@ -81,7 +91,7 @@ def place(
         What `write_positions` returned.
     form : int
         Likewise.
-    values : planes.Values
+    values : Values
         The value of each position.
     device : torch.device | str
         Device of the tensor.
@@ -107,7 +117,7 @@ def place(
     return flat
 
 
-def fill(flat: torch.Tensor, mask: torch.Tensor, values: planes.Values) -> None:
+def fill(flat: torch.Tensor, mask: torch.Tensor, values: Values) -> None:
     """Write values to the elements of a tensor that a mask has, in order."""
     start = 0
     for span in spans(flat):

@@ -68,6 +68,8 @@ def elements(
             numbers(values, code), dtype
         )
         return found
+    if name == "spsign":
+        return signs(dtype, shape, params, payload)
     if name == "ms":
         return masked(dtype, shape, params, payload)
     if name == "ec":
@@ -77,6 +79,25 @@ def elements(
         return np.array(bits_of(payload, 1, math.prod(shape)), bool)
     levels = list(reference) if form == 2 else [0] * math.prod(shape)
     return np.array(coded_mask(payload, levels), bool)
+
+
+def signs(dtype: int, shape: tuple[int, ...], params: bytes, payload: bytes) -> Floats:
+    """Return the elements of `spsign`."""
+    kept, number, picture, form = struct.unpack("<QBBB", params)
+    code = FLOAT64 if dtype == FLOAT64 else 3
+    size, bits = number * WIDTHS[code], {1: 1, 2: 2, 4: 3}[number]
+    magnitudes = to_type(numbers(payload[:size], code), dtype)
+    length = -(-kept * bits // 8)
+    symbols = np.array(bits_of(payload[size : size + length], bits, kept))
+    if picture:
+        channels = 1 if math.isqrt(shape[1]) ** 2 == shape[1] else 3
+        side = math.isqrt(shape[1] // channels)
+        shape = shape[0], channels, side, side
+    values = magnitudes[symbols // 2]
+    found = np.zeros(math.prod(shape), magnitudes.dtype)
+    chosen = positions(payload[size + length :], kept, form, shape)
+    found[chosen] = np.where(symbols % 2, -values, values)
+    return found
 
 
 def numbers(data: bytes, code: int) -> Floats:

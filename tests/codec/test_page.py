@@ -39,6 +39,11 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy]] = {
     "sp": KEPT | {"positions": st.sampled_from(["paper", "auto"])},
     "rt": KEPT | {"alpha": st.sampled_from([0.0, 0.4])},
     "ms": KEPT | {"bits": st.integers(1, 8)},
+    "spsign": {
+        "sparsity": st.sampled_from([0.0, 0.3, 0.8, 0.98]),
+        "magnitudes": st.sampled_from([1, 2, 4]),
+        "layout": st.sampled_from(["auto", "none"]),
+    },
     "ec": {
         "step": st.sampled_from([0.004, 0.1, 1.0]),
         "context": st.sampled_from(["spatial", "none"]),

@@ -27,6 +27,7 @@ VALUES = ("float32", "bfloat16", "float16")
 SCOPES = ("tensor", "sample")
 PACKED, INFLATED, CODED, ROW, INDICES, GAPS = 0, 1, 3, 4, 16, 18
 COUNTED = 1  # of masks
+BITS = {1: 1, 2: 2, 4: 3}  # of a kept element of spsign, by the number of magnitudes
 LAYOUTS = {
     "none": "<B",
     "qu": "<BBdd",
@@ -35,6 +36,7 @@ LAYOUTS = {
     "sp": "<QBBB",
     "rt": "<QBBB",
     "ms": "<QBBBBB",
+    "spsign": "<QBBB",
     "ec": "<BHBIIQ",
     "mask": "<BI",
 }
@@ -80,6 +82,8 @@ def before_plane(header: wire.Header) -> int:
             return signed * symbols(d, 1)
         case "sp" | "rt", (k, scope, code, _):
             return rows(header.shape, scope) * k * WIDTHS[code]
+        case "spsign", (k, magnitudes, _, _):
+            return magnitudes * (8 if w == 8 else 4) + symbols(k, BITS[magnitudes])
         case "ms", (k, _, signed, scope, code, _):
             kept = rows(header.shape, scope) * k
             return kept * WIDTHS[code] + signed * symbols(d, 1)
@@ -98,7 +102,7 @@ def plane_of(header: wire.Header) -> tuple[int, int]:
             return form, bits
         case "fp", (exponent, mantissa, _, form, _):
             return form, exponent + mantissa
-        case "sp" | "rt", (_, _, _, form):
+        case "sp" | "rt" | "spsign", (_, _, _, form):
             return form, 1
         case "ms", (_, bits, _, _, _, form):
             return form, bits
@@ -119,7 +123,8 @@ def implied(header: wire.Header, payload: bytes) -> int:
         return size + length + symbols(negative, 1)
     form, bits = plane_of(header)
     if form in (INDICES, GAPS):
-        kept = rows(header.shape, fields[1]) * fields[0]
+        scope = 0 if header.compressor == "spsign" else fields[1]
+        kept = rows(header.shape, scope) * fields[0]
         if form == INDICES:
             return size + 4 * kept
         low, _, length = struct.unpack_from("<BHI", payload, before_plane(header))
@@ -174,6 +179,8 @@ def asked(case: Case, tensor: torch.Tensor) -> dict[int, Any]:
     if name == "ec":
         return {0: CODED if options["context"] == "spatial" else ROW, 2: signed}
     k = kept_of(options["sparsity"], d // rows(shape, scope))
+    if name == "spsign":
+        return {0: k, 1: options["magnitudes"], 2: 0}
     if name == "ms":
         return dict(enumerate((k, options["bits"], signed, scope, code, PACKED)))
     fixed = {0: k, 1: scope, 2: code}
@@ -206,6 +213,9 @@ def cases() -> Iterator[Case]:
     for selection, bits in product(selections, range(1, 9)):
         for rounding in ("nearest", "floor"):
             yield "ms", selection | {"bits": bits, "rounding": rounding}
+    for sparsity, magnitudes in product((0, 0.6, 0.9, 0.99), (1, 2, 4)):
+        options = {"sparsity": sparsity, "magnitudes": magnitudes, "layout": "none"}
+        yield "spsign", options
     steer: list[dict[str, float]] = [
         *({"step": step} for step in (0.004, 0.5)),
         *({"bits": bits} for bits in (1.0, 6.0)),
@@ -237,7 +247,7 @@ def masks() -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("name", list(COMPRESSORS))
 def test_every_option_is_varied(name: str) -> None:
     varied = [options for case, options in CASES if case == name]
-    for option in set(options_of(name)) - {"lossless", "alpha", "evaluation"}:
+    for option in set(options_of(name)) - {"lossless", "alpha", "evaluation", "layout"}:
         assert len({options.get(option) for options in varied}) > 1, option
 
 
@@ -263,7 +273,7 @@ def test_frames_are_as_long_as_their_fields_imply(name: str) -> None:
         assert decode(frame).shape == tensor.shape
         forms.add(fields[0] if name in ("ec", "mask") else plane_of(header)[0])
     expected = {
-        **dict.fromkeys(("sp", "rt"), {PACKED, INDICES, GAPS}),
+        **dict.fromkeys(("sp", "rt", "spsign"), {PACKED, INDICES, GAPS}),
         "ec": {CODED, ROW},
         "mask": {PACKED, COUNTED},
     }

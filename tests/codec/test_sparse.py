@@ -32,14 +32,21 @@ RANDOM = {
     "alpha": st.sampled_from([0.0, 0.2, 0.8]),
     "evaluation": st.sampled_from(["topk", "random"]),
 }
+SIGNS = {
+    "sparsity": OPTIONS["sparsity"],
+    "magnitudes": st.sampled_from([1, 2, 4]),
+    "layout": st.sampled_from(["auto", "none"]),
+}
 KEEPING = [name for name in COMPRESSORS if has_positions(name)]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     """Draw a compressor with positions and all of its options."""
-    name = draw(st.sampled_from(["sp", "rt"]))
+    name = draw(st.sampled_from(KEEPING))
     every = OPTIONS | (RANDOM if name == "rt" else {})
+    if name == "spsign":
+        every = SIGNS
     return name, {key: draw(value) for key, value in every.items()}
 
 
@@ -121,6 +128,6 @@ def test_the_tensor_is_not_allocated(positions: str) -> None:
 
 def test_a_plugin_decodes_by_one_method() -> None:
     """`unpack_sparse` alone gives positions to frames and frame-sets."""
-    assert KEEPING == ["sp", "rt"]
+    assert KEEPING == ["sp", "rt", "spsign"]
     for name in KEEPING:
         assert "unpack_sparse" in dir(COMPRESSORS[name])

@@ -231,7 +231,9 @@ def _relay(
     run_id, step = client.context.run_id, shared.step
     known = step is not None and step[:2] == (run_id, iteration)
     if not (known and _same(step.before, weights)):  # type: ignore[union-attr]
-        vectors = split(state.get(VECTORS, {}), client.run.clients, shared.layout.device)
+        vectors = split(
+            state.get(VECTORS, {}), client.run.clients, shared.layout.device
+        )
         for number, data in relayed(content, client.run.clients).items():
             vectors[number] = shared.layout.decode_vector(data, shared.compressor)
         if OWN in state:

@@ -80,8 +80,9 @@ def relayed(content: RecordDict, workers: int) -> dict[int, bytes]:
     packed = np.frombuffer(_data(content, SENDERS, -(-workers // 8)), np.uint8)
     flags = np.unpackbits(packed, bitorder="little")
     numbers = np.flatnonzero(flags).tolist()
-    record = content.array_records.get(UPDATE, {})
-    frames = [array.data for array in record.values() if array.stype == FRAMES]
+    record = content.array_records.get(UPDATE)
+    arrays = list(record.values()) if record is not None else []
+    frames = [array.data for array in arrays if array.stype == FRAMES]
     if len(frames) != len(numbers) or any(n >= workers for n in numbers):
         raise FrameError(f"{len(frames)} uploads of the workers {numbers}")
     return dict(zip(numbers, frames, strict=True))

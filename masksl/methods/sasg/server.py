@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ from masksl.methods.sasg.messages import (
     senders_record,
     threshold_record,
 )
-from masksl.methods.sasg.vectors import Layout, Vector, squared_norm, total_of
+from masksl.methods.sasg.vectors import Layout, Vector, total_of
+from masksl.methods.sasg.weights import Past, Weights
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
@@ -49,13 +50,6 @@ from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.network import LocalNetwork
 from masksl.training.score import Score, score
 from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
-
-
-class _Past(NamedTuple):
-    """A step of w: its squared norm, and the learning rate that it was made with."""
-
-    square: float
-    rate: float
 
 
 @dataclass
@@ -115,22 +109,19 @@ class SasgServer(ServerMethod):
         self.module = module
         self.layout = Layout.of(module)
         tensors = tensors_of(module)
-        self.weights = self.layout.flat(tensors)
-        self.previous = self.weights  # of the version before
-        self.version = 0
+        flat = self.layout.flat(tensors)
+        self.weights = Weights(flat, flat)
         self.workers = [_Worker() for _ in range(self.run.clients)]
         self.counts = _Counts()
         shapes = self.layout.shapes
-        self.buffers = {n: copy for n, copy in copies(tensors).items() if n not in shapes}
+        self.buffers = {
+            n: copy for n, copy in copies(tensors).items() if n not in shapes
+        }
         chosen = compressor_of(settings, "compressor")
         self.compressor = chosen if config.is_sparse else EXACT
+        self.fresh: list[int] = []  # who uploaded in the last iteration
         self._label = f"compressor {self.compressor.name}"
-        self._threads = read(ThreadsConfig, settings, "threads").server
-        self._compute = read(ComputeConfig, settings, "compute")
-        self._data = read(DatasetConfig, settings, "dataset")
-        self._history: list[_Past] = []
-        self._fresh: list[int] = []  # who uploaded in the last iteration
-        self._references: dict[int, torch.Tensor] = {}  # versions that workers refer to
+        self._settings = settings
         self._encoded: tuple[int, ArrayRecord] | None = None
 
     @classmethod
@@ -157,7 +148,7 @@ class SasgServer(ServerMethod):
         sent = {}
         for client in round_.clients:
             place = {"round": round_.number, "step": step, "lr": lr}
-            place["iteration"] = self.version
+            place["iteration"] = self.weights.version
             content = RecordDict({messages.PLACE: ConfigRecord(place)})  # type: ignore
             with ends_run(round_.place(step, client.number, "w")):
                 with round_.watch("codec"):
@@ -171,7 +162,7 @@ class SasgServer(ServerMethod):
                 f"{round_.place(step)}: method=sasg needs every worker; "
                 f"{round_.last_failure}"
             )
-        self._fresh = []
+        self.fresh = []
         loss, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._label)):
@@ -188,18 +179,16 @@ class SasgServer(ServerMethod):
     def _threshold(self, round_: Round, step: int) -> float | None:
         """Return the threshold of an iteration, None while everybody uploads."""
         config = self.config
-        if not config.rule or self.version < config.delay:
+        if not config.rule or self.weights.version < config.delay:
             return None
         if config.threshold_lag == "step":
-            total = sum(past.square / past.rate for past in self._history)
+            total = sum(past.square / past.rate for past in self.weights.history)
             return config.constant / self.run.clients**2 * total
-        total = sum(past.square for past in self._history)
+        total = sum(past.square for past in self.weights.history)
         rate = _earlier(round_, step, config.threshold_lag)
         return config.constant / (rate * self.run.clients**2) * total
 
-    def _take(
-        self, number: int, content: RecordDict, threshold: float | None
-    ) -> None:
+    def _take(self, number: int, content: RecordDict, threshold: float | None) -> None:
         """Take what a worker replied: an upload, or word that it skips."""
         worker = self.workers[number]
         if has_skipped(content):
@@ -211,28 +200,17 @@ class SasgServer(ServerMethod):
         data = messages.set_of(content, UPDATE)
         worker.vector = self.layout.decode_vector(data, self.compressor)
         worker.data = data
-        worker.since = self.version
+        worker.since = self.weights.version
         worker.skips = int(threshold is not None)
-        self._fresh.append(number)
+        self.fresh.append(number)
         self.counts.uploads += 1
 
     def _move(self, round_: Round, step: int, lr: float) -> None:
         """Subtract the sum of all last uploads from w."""
-        config = self.config
-        if config.rule:
-            if self._fresh:
-                self._references[self.version] = self.weights
-            used = {worker.since for worker in self.workers}
-            kept = self._references.items()
-            self._references = {v: flat for v, flat in kept if v in used}
-        total = self._total()
-        square = squared_norm(total)
-        if not math.isfinite(square):
+        if self.config.rule:
+            self.weights.refer({worker.since for worker in self.workers})
+        if not self.weights.subtract(self._total(), lr, self.config.history):
             raise RunError(f"{round_.place(step)}: the step of w is not finite")
-        self.previous, self.weights = self.weights, self.weights - total
-        self.version += 1
-        self._history.append(_Past(square, lr))
-        del self._history[: -config.history]
 
     def _total(self) -> torch.Tensor:
         vectors = [w.vector for w in self.workers if w.vector is not None]
@@ -242,11 +220,11 @@ class SasgServer(ServerMethod):
 
     def _attach(self, content: RecordDict, client: ClientInfo) -> None:
         """Add to a message what its client needs to have the current w."""
-        if client.version == self.version:
+        if client.version == self.weights.version:
             return
         way = self.config.way_down
         if way == "relay":
-            others = [n for n in self._fresh if n != client.number]
+            others = [n for n in self.fresh if n != client.number]
             dense = 4 * self.layout.elements
             frames = {n: (self.workers[n].data, dense) for n in others}
             content[SENDERS] = senders_record(others, len(self.workers))
@@ -254,17 +232,17 @@ class SasgServer(ServerMethod):
                 content[UPDATE] = relay_record(frames)
         else:
             content[messages.MODEL if way == "dense" else UPDATE] = self._record()
-        client.version = self.version
+        client.version = self.weights.version
 
     def _record(self) -> ArrayRecord:
         """Encode w, or the sum by which it came about, once a version."""
-        if self._encoded is None or self._encoded[0] != self.version:
+        if self._encoded is None or self._encoded[0] != self.weights.version:
             dense = 4 * self.layout.elements
             if self.config.way_down == "dense":
-                data = encode_set(self.layout.named(self.weights))
+                data = encode_set(self.layout.named(self.weights.flat))
             else:
                 data = self.layout.encode_nonzero(self._total())
-            self._encoded = self.version, messages.set_record(data, dense)
+            self._encoded = self.weights.version, messages.set_record(data, dense)
         return self._encoded[1]
 
     # --- evaluation -------------------------------------------------------------------
@@ -299,9 +277,13 @@ class SasgServer(ServerMethod):
         self.buffers = average(received, [1] * len(received), torch.float64)
 
     def _score(self) -> Score:
-        data = dataset.load(self._data, str(self.layout.device))
-        tensors = self.layout.named(self.weights.detach()) | copies(self.buffers)
-        network = LocalNetwork(self.module, tensors, {}, self._threads, self._compute)
+        settings = self._settings
+        config = read(DatasetConfig, settings, "dataset")
+        data = dataset.load(config, str(self.layout.device))
+        tensors = self.layout.named(self.weights.flat.detach()) | copies(self.buffers)
+        threads = read(ThreadsConfig, settings, "threads").server
+        compute = read(ComputeConfig, settings, "compute")
+        network = LocalNetwork(self.module, tensors, {}, threads, compute)
         total = Score()
         every = torch.arange(len(data.test.labels))
         for indices in every.split(self.run.eval_batch_size):
@@ -314,19 +296,23 @@ class SasgServer(ServerMethod):
     def state(self) -> State:
         """Return w, what workers refer to, and their last uploads."""
         groups = {
-            "model": copies(self.layout.named(self.weights) | self.buffers),
-            "previous": {FLAT: self.previous.clone()},
-            REFERENCE: {str(v): flat.clone() for v, flat in self._references.items()},
+            "model": copies(self.layout.named(self.weights.flat) | self.buffers),
+            "previous": {FLAT: self.weights.previous.clone()},
+            REFERENCE: {
+                str(v): flat.clone() for v, flat in self.weights.references.items()
+            },
             UPDATE: {
-                str(number): torch.from_numpy(np.frombuffer(worker.data, np.uint8).copy())
+                str(number): torch.from_numpy(
+                    np.frombuffer(worker.data, np.uint8).copy()
+                )
                 for number, worker in enumerate(self.workers)
                 if worker.data
             },
         }
         facts = {
-            "version": self.version,
-            "fresh": list(self._fresh),
-            "history": [list(past) for past in self._history],
+            "version": self.weights.version,
+            "fresh": list(self.fresh),
+            "history": [list(past) for past in self.weights.history],
             "workers": [[worker.since, worker.skips] for worker in self.workers],
         }
         return State(grouped(groups), facts)
@@ -335,14 +321,16 @@ class SasgServer(ServerMethod):
         """Restore what `state` returned."""
         tensors, facts, device = state.tensors, state.facts, self.layout.device
         model = {n: t.to(device, copy=True) for n, t in group(tensors, "model").items()}
-        self.weights = self.layout.flat(model)
-        self.buffers = {name: model[name] for name in self.buffers}
-        self.previous = group(tensors, "previous")[FLAT].to(device, copy=True)
-        self.version = facts["version"]
-        self._fresh = list(facts["fresh"])
-        self._history = [_Past(*past) for past in facts["history"]]
         references = group(tensors, REFERENCE).items()
-        self._references = {int(v): t.to(device, copy=True) for v, t in references}
+        self.weights = Weights(
+            self.layout.flat(model),
+            group(tensors, "previous")[FLAT].to(device, copy=True),
+            facts["version"],
+            [Past(*past) for past in facts["history"]],
+            {int(v): t.to(device, copy=True) for v, t in references},
+        )
+        self.buffers = {name: model[name] for name in self.buffers}
+        self.fresh = list(facts["fresh"])
         self.workers = [_Worker(since=s, skips=n) for s, n in facts["workers"]]
         for number, data in group(tensors, UPDATE).items():
             worker = self.workers[int(number)]
@@ -356,16 +344,16 @@ class SasgServer(ServerMethod):
         Its w is that of the iteration before: what came about since comes with the next
         message, as it does for a worker that was not disturbed.
         """
-        if not self.version:
+        if not self.weights.version:
             return {}
         worker, way = self.workers[client.number], self.config.way_down
         groups: dict[str, Tensors] = {}
-        if client.version == self.version:
-            groups[WEIGHTS] = {FLAT: self.weights}
+        if client.version == self.weights.version:
+            groups[WEIGHTS] = {FLAT: self.weights.flat}
         elif way != "dense":
-            groups[WEIGHTS] = {FLAT: self.previous}
+            groups[WEIGHTS] = {FLAT: self.weights.previous}
         if self.config.rule:
-            groups[REFERENCE] = {FLAT: self._references[worker.since]}
+            groups[REFERENCE] = {FLAT: self.weights.references[worker.since]}
             groups[SKIPS] = {"number": torch.tensor(worker.skips)}
         if way == "relay":
             vectors = [each.vector for each in self.workers]

@@ -46,7 +46,7 @@ def networks() -> Iterator[None]:
 
 def weights(*overrides: str) -> torch.Tensor:
     """Return w at the end of a run."""
-    flat: torch.Tensor = train(*SMALL, *overrides).server.weights
+    flat: torch.Tensor = train(*SMALL, *overrides).server.weights.flat
     return flat
 
 
@@ -73,7 +73,7 @@ def test_sgd_is_the_mean_gradient_at_a_rate_as_many_times_as_large() -> None:
             with torch.no_grad():
                 for parameter, total in zip(network.parameters(), sums, strict=True):
                     parameter -= 4 * 0.0078125 * (total / 4)
-    tensors = training.server.layout.named(training.server.weights)
+    tensors = training.server.layout.named(training.server.weights.flat)
     for name, parameter in network.named_parameters():
         assert torch.equal(tensors[name], parameter), name
 
@@ -83,7 +83,7 @@ def test_without_the_rule_everybody_uploads(
     other: tuple[str, ...], upload: tuple[str, ...]
 ) -> None:
     off = train(*SMALL, *upload, "method.constant=0")
-    assert torch.equal(off.server.weights, weights(*other))
+    assert torch.equal(off.server.weights.flat, weights(*other))
     assert sum(row["uploads"] for row in off.rows) == 4 * 12
     assert not off.traffic.bytes(THRESHOLD) and not off.traffic.bytes(SKIP)
 
@@ -94,7 +94,7 @@ def test_all_elements_kept_are_a_dense_upload(
 ) -> None:
     kept = train(*SMALL, *sparse, *EXACTLY, "rounds=8", "method.constant=40")
     whole = train(*SMALL, *dense, "rounds=8", "method.constant=40")
-    assert torch.equal(kept.server.weights, whole.server.weights)
+    assert torch.equal(kept.server.weights.flat, whole.server.weights.flat)
     skips = [sum(row["skips"] for row in run.rows) for run in (kept, whole)]
     assert skips[0] == skips[1]
     assert (skips[0] > 0) == (not sparse)
@@ -126,7 +126,7 @@ def test_a_worker_that_has_nothing_new_skips() -> None:
     training = train(*SMALL, "rounds=1")
     client = training.client(2)
     now = client.state[WEIGHTS][FLAT]
-    assert torch.equal(now, training.server.previous)
+    assert torch.equal(now, training.server.weights.previous)
     client.state[REFERENCE] = {FLAT: now.clone()}
     reply = gradient(client, message(1, 0, threshold=0.0))
     assert SKIP in reply and UPDATE not in reply
@@ -174,17 +174,17 @@ def test_all_ways_down_give_the_same_weights(options: tuple[str, ...]) -> None:
     for way in ("dense", "sum", "relay"):
         run = train(*SMALL, *options, f"method.down={way}", "method.constant=20")
         assert sum(row["skips"] for row in run.rows) > 0
-        found[way] = run.server.weights
+        found[way] = run.server.weights.flat
         for number in range(4):
             held = run.client(number).state[WEIGHTS][FLAT]
-            assert torch.equal(held, run.server.previous), (way, number)
+            assert torch.equal(held, run.server.weights.previous), (way, number)
     assert torch.equal(found["sum"], found["dense"])
     assert torch.equal(found["relay"], found["dense"])
 
 
 def test_bytes_by_hand() -> None:
     """Each byte of 12 iterations of four workers, of which 9 may skip."""
-    # One frame-set: 6 of 640 weights, as values and indices; 1 of 10 biases and a bitmap
+    # One frame-set: 6 of 640 weights as values and indices, 1 of 10 biases, a bitmap.
     one = 32 + 1 + 2 * (9 + 11) + (6 * 4 + 6 * 4) + (4 + 2)
     options = ("compressor.positions=paper", "method.constant=20")
     training = train(*SMALL, *options)
@@ -194,7 +194,7 @@ def test_bytes_by_hand() -> None:
     assert traffic.bytes(UPDATE, "up") == uploads * one
     assert traffic.bytes(SKIP, "up") == skips
     assert traffic.bytes(THRESHOLD, "down") == 8 * 4 * (12 - 3)
-    last = len(training.server._fresh)  # pylint: disable=protected-access
+    last = len(training.server.fresh)
     assert traffic.bytes(UPDATE, "down") == 3 * (uploads - last) * one
     assert traffic.bytes("senders", "down") == 4 * 11
     kinds = [(UPDATE, "up"), (SKIP, "up"), (THRESHOLD, "down"), (UPDATE, "down")]
@@ -232,7 +232,7 @@ def test_batch_statistics_are_sent_for_evaluations() -> None:
     [("1", [0.1, 0.1]), ("0", [0.05, 0.05]), ("0.5", [0.1, 0.05]), ("step", None)],
 )
 def test_threshold(lag: str, rates: list[float] | None) -> None:
-    """In round 3 the rate falls from 0.1 to 0.05; steps 0 and 2 of four are looked at."""
+    """In round 3 the rate falls from 0.1 to 0.05; its steps 0 and 2 are looked at."""
     training = prepare(
         settings_of(
             *SMALL,
@@ -249,7 +249,7 @@ def test_threshold(lag: str, rates: list[float] | None) -> None:
     schedule = training.strategy.schedule
     round_ = Round(3, Rates(schedule, 0.1, 3, 3), [], training.strategy.clients)
     round_.steps = 4
-    history = server._history  # pylint: disable=protected-access
+    history = server.weights.history
     assert len(history) == 2 and [past.rate for past in history] == [0.1, 0.1]
     total = sum(past.square for past in history)
     for i, step in enumerate((0, 2)):
@@ -311,4 +311,4 @@ def test_exact_gradients_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         layout.encode(torch.full((6,), torch.inf), EXACT, seed=0)
     whole: Training = prepare(settings_of(*SMALL))
-    assert whole.server.version == 0
+    assert whole.server.weights.version == 0

@@ -77,9 +77,7 @@ def test_lost_hosts_change_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("engine", ["ray", "flower"])
-def test_engines_agree(
-    engine: str, options: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_engines_agree(engine: str, options: tuple[str, ...], tmp_path: Path) -> None:
     expected = run(tmp_path / "local", *SMALL, *options)
     more = ("engine.cpus_per_client=0.5",) if engine == "flower" else ()
     found = run(tmp_path / engine, *SMALL, *options, f"engine={engine}", *more)
