@@ -208,7 +208,8 @@ class RoundStrategy(Strategy):
             if step + 1 in due:
                 paused = time.monotonic()
                 self._evaluate(round_)
-                round_.checks.append(round_.score.means() | {"step": step + 1})
+                own = self.method.progress(round_)
+                round_.checks.append(round_.score.means() | {"step": step + 1} | own)
                 began += time.monotonic() - paused
         self._check_enough(round_, round_.clients, TRAINING, steps)
         self.method.finish(round_)

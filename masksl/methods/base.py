@@ -87,6 +87,11 @@ class ServerMethod(ABC):
         del client
         return {}
 
+    def progress(self, round_: Round) -> dict[str, Any]:
+        """Return the method's own columns of an evaluation within a round."""
+        del round_
+        return {}
+
     def metrics(self, round_: Round) -> dict[str, Any]:
         """Return the method's own columns of the row of a round."""
         del round_

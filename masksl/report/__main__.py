@@ -15,6 +15,7 @@ from masksl.report.plot import plot
 from masksl.report.runs import runs
 from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
+from masksl.report.uploads import uploads
 from masksl.runtime.folder import FolderError, write_whole
 from masksl.runtime.results import collect
 
@@ -24,6 +25,7 @@ REPORTS = {
     "figure2": figure2,
     "figure3": figure3,
     "fedavg": fedavg,
+    "uploads": uploads,
 }
 PLOT = "plot"
 

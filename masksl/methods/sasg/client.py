@@ -1,7 +1,7 @@
 """The client side of SASG: a worker."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,12 +52,16 @@ class _Step(NamedTuple):
 
 @dataclass
 class _Shared:
-    """What the workers of a process share under one configuration."""
+    """What the workers of a process share under one configuration.
+
+    It changes no result: whoever lacks a part of it computes it again.
+    """
 
     layout: Layout
     compressor: Compressor
     initial: torch.Tensor
     received: tuple[object, torch.Tensor] | None = None  # a record, what it decodes to
+    uploads: dict[int, tuple[bytes, Vector]] = field(default_factory=dict)
     step: _Step | None = None
 
 
@@ -178,6 +182,7 @@ def _upload(client: Client, content: RecordDict, change: torch.Tensor) -> bytes:
         vector = layout.decode_vector(data, shared.compressor)
         state[MEMORY] = {FLAT: vector.taken_from(change)}
         if config.way_down == "relay":
+            shared.uploads[client.number] = data, vector
             state[OWN] = {"values": vector.values}
             if vector.positions is not None:
                 state[OWN] = {"positions": vector.positions, "values": vector.values}
@@ -235,7 +240,10 @@ def _relay(
             state.get(VECTORS, {}), client.run.clients, shared.layout.device
         )
         for number, data in relayed(content, client.run.clients).items():
-            vectors[number] = shared.layout.decode_vector(data, shared.compressor)
+            sent, vector = shared.uploads.get(number, (b"", None))
+            if sent is not data or vector is None:
+                vector = shared.layout.decode_vector(data, shared.compressor)
+            vectors[number] = vector
         if OWN in state:
             own = state[OWN]
             vectors[client.number] = Vector(own.get("positions"), own["values"])

@@ -42,7 +42,7 @@ from masksl.methods.sasg.weights import Past, Weights
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
-from masksl.runtime.ledger import Traffic
+from masksl.runtime.ledger import DOWN, UP, Traffic
 from masksl.runtime.messages import RunError, ends_run, metrics_of
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings, ThreadsConfig, read
@@ -363,6 +363,12 @@ class SasgServer(ServerMethod):
             for name, tensors in groups.items()
         }
 
+    def progress(self, round_: Round) -> dict[str, Any]:
+        """Return uploads and bytes of the round so far."""
+        traffic = round_.manager.ledger.round
+        ways = {f"bytes_{way}": traffic.bytes(direction=way) for way in (UP, DOWN)}
+        return {"uploads": self.counts.uploads} | ways
+
     def metrics(self, round_: Round) -> dict[str, Any]:
         """Return uploads and skips of the round."""
         del round_
@@ -371,9 +377,12 @@ class SasgServer(ServerMethod):
     def summary(
         self, rows: Sequence[Mapping[str, Any]], traffic: Traffic
     ) -> dict[str, Any]:
-        """Return uploads and skips of the whole run."""
+        """Return uploads and skips of the whole run, and elements of an upload."""
         del traffic
-        return {key: sum(row[key] for row in rows) for key in ("uploads", "skips")}
+        sums = {key: sum(row[key] for row in rows) for key in ("uploads", "skips")}
+        vectors = [w.vector for w in self.workers if w.vector is not None]
+        values = max((len(vector.values) for vector in vectors), default=0)
+        return sums | {"elements": self.layout.elements, "values": values}
 
 
 def _earlier(round_: Round, step: int, lag: float) -> float:

@@ -23,7 +23,7 @@ from tests.conftest import Training, prepare, settings_of, train
 SMALL = (
     *("method=sasg", "clients=4", "dataset.limit=160", "batch_size=10", "rounds=3"),
     *("dataset.test_limit=40", "threads.server=1", "model.name=linear"),
-    *("optimizer.lr=0.05", "method.delay=3", "method.history=2"),
+    *("optimizer.lr=0.05", "method.delay=3", "method.history=2", "compressor=topk"),
 )
 EXACTLY = ("compressor.sparsity=0",)
 SGD = ("method.upload=dense", "method.adaptive=false")

@@ -20,7 +20,7 @@ SMALL = (
 )
 OPTIONS = [
     (),
-    ("compressor.values=bfloat16", "method.down=sum", "checkpoint.every=2"),
+    ("compressor=sp_auto", "method.down=sum", "checkpoint.every=2"),
     ("method.down=dense", "schedule.name=cosine", "method.threshold_lag=step"),
     ("method.upload=dense",),
     ("method.adaptive=false", "compressor=rt", "compressor.sparsity=0.9"),
