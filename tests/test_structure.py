@@ -66,6 +66,7 @@ IMPORTS: dict[str, set[str]] = {
 SHARED = {
     "base",
     "client",
+    "evaluation",
     "global_model",
     "network",
 }  # of methods/: every method imports them

@@ -8,11 +8,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
-from masksl import dataset
 from masksl.compress import decode_set
-from masksl.dataset import DatasetConfig, DatasetError
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
+from masksl.methods.evaluation import score_test_set
 from masksl.methods.fedavg import FedAvgConfig
 from masksl.methods.fedavg.messages import EVALUATE, TRAIN, UPDATE, score_of
 from masksl.methods.global_model import GlobalModel
@@ -23,10 +22,9 @@ from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import Traffic, compression_factor
 from masksl.runtime.messages import RunError, ends_run, metrics_of
 from masksl.runtime.round import Round
-from masksl.settings import RunConfig, Settings, ThreadsConfig, read
-from masksl.training.compute import ComputeConfig, resolve_device
-from masksl.training.network import LocalNetwork
-from masksl.training.score import Score, score
+from masksl.settings import RunConfig, Settings
+from masksl.training.compute import resolve_device
+from masksl.training.score import Score
 from masksl.training.tensors import Tensors, average, grouped, tensors_of
 
 
@@ -53,7 +51,6 @@ class FedAvgServer(ServerMethod):
         config = method_config(settings)
         assert isinstance(config, FedAvgConfig)
         self.config = config
-        self.run = RunConfig.of(settings)
         self.module = module
         down = compressor_of(settings, "model_compressor")
         self.model = GlobalModel(
@@ -61,10 +58,7 @@ class FedAvgServer(ServerMethod):
             [name for name, _ in module.named_parameters()],
             compressor=None if down == EXACT else down,
         )
-        self._device = next(module.parameters()).device
-        self._threads = read(ThreadsConfig, settings, "threads").server
-        self._compute = read(ComputeConfig, settings, "compute")
-        self._data = read(DatasetConfig, settings, "dataset")
+        self._settings = settings
         self._exact = compressor_of(settings, "compressor") == EXACT
         self._up = f"compressor {settings['compressor.name']}"
         self._down = f"model_compressor {down.name}"
@@ -158,26 +152,10 @@ class FedAvgServer(ServerMethod):
         if self.config.evaluate == "clients":
             total = self._clients_score(round_)
         else:
-            with round_.watch("server"):
-                try:
-                    total = self._own_score()
-                except DatasetError as error:
-                    place = f"round {round_.number}, evaluation"
-                    raise RunError(f"{place}: {error}") from error
+            tensors = self.model.tensors
+            total = score_test_set(round_, self._settings, self.module, tensors)
         if not math.isfinite(total.loss):
             raise RunError(f"round {round_.number}, evaluation: loss not finite")
-        return total
-
-    def _own_score(self) -> Score:
-        """Score the whole test set."""
-        data = dataset.load(self._data, str(self._device))
-        own = {name: t.detach() for name, t in self.model.tensors.items()}
-        network = LocalNetwork(self.module, own, {}, self._threads, self._compute)
-        total = Score()
-        every = torch.arange(len(data.test.labels))
-        for indices in every.split(self.run.eval_batch_size):
-            images, labels = data.test_batch(indices)
-            total += score(network.evaluate(images), labels)
         return total
 
     def _clients_score(self, round_: Round) -> Score:

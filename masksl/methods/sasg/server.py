@@ -10,11 +10,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
-from masksl import dataset
 from masksl.compress import FrameError, encode_set
-from masksl.dataset import DatasetConfig, DatasetError, batches
+from masksl.dataset import batches
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
+from masksl.methods.evaluation import score_test_set
 from masksl.methods.network import initial_units
 from masksl.methods.sasg import SasgConfig
 from masksl.methods.sasg.client import (
@@ -45,10 +45,9 @@ from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import DOWN, UP, Traffic
 from masksl.runtime.messages import RunError, ends_run, metrics_of
 from masksl.runtime.round import Round
-from masksl.settings import RunConfig, Settings, ThreadsConfig, read
-from masksl.training.compute import ComputeConfig, resolve_device
-from masksl.training.network import LocalNetwork
-from masksl.training.score import Score, score
+from masksl.settings import RunConfig, Settings
+from masksl.training.compute import resolve_device
+from masksl.training.score import Score
 from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
 
 
@@ -251,12 +250,8 @@ class SasgServer(ServerMethod):
         """Score w on the whole test set, here; the workers send their buffers."""
         if self.buffers:
             self._collect_buffers(round_)
-        with round_.watch("server"):
-            try:
-                total = self._score()
-            except DatasetError as error:
-                place = f"round {round_.number}, evaluation"
-                raise RunError(f"{place}: {error}") from error
+        tensors = self.layout.named(self.weights.flat) | self.buffers
+        total = score_test_set(round_, self._settings, self.module, tensors)
         if not math.isfinite(total.loss):
             raise RunError(f"round {round_.number}, evaluation: loss not finite")
         return total
@@ -275,21 +270,6 @@ class SasgServer(ServerMethod):
                     raise FrameError(f"message without {BUFFER}")
                 received.append(own)
         self.buffers = average(received, [1] * len(received), torch.float64)
-
-    def _score(self) -> Score:
-        settings = self._settings
-        config = read(DatasetConfig, settings, "dataset")
-        data = dataset.load(config, str(self.layout.device))
-        tensors = self.layout.named(self.weights.flat.detach()) | copies(self.buffers)
-        threads = read(ThreadsConfig, settings, "threads").server
-        compute = read(ComputeConfig, settings, "compute")
-        network = LocalNetwork(self.module, tensors, {}, threads, compute)
-        total = Score()
-        every = torch.arange(len(data.test.labels))
-        for indices in every.split(self.run.eval_batch_size):
-            images, labels = data.test_batch(indices)
-            total += score(network.evaluate(images), labels)
-        return total
 
     # --- state and results ------------------------------------------------------------
 
