@@ -326,8 +326,8 @@ class _Scale(nn.Module):
 def _resnet9(classes: int, channels: int) -> Units:
     """Return ResNet9 for 32x32: 4 convolutions, 2 residual blocks, head.
 
-    It is the network of Page's "How to train your ResNet" (2018), which learns
-    CIFAR-10 in few epochs, at half the width: 32 to 256 channels.
+    It is the network of Page's "How to train your ResNet" (2018), which learns CIFAR-10
+    in few epochs, at half the width: 32 to 256 channels.
     """
     del channels
 
