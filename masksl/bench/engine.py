@@ -1,8 +1,8 @@
 """Benchmark of the engines: ``python -m masksl.bench engine``.
 
-It prints three tables: the time of an exchange; the time of a training step, compared
-with a bare PyTorch loop over the unsplit network; the memory of all processes of a run,
-by number of clients.
+It prints tables: the time of an exchange; the time of a training step, compared with a
+bare PyTorch loop over the unsplit network; the parts of an iteration of SASG; the
+memory of all processes of a run, by number of clients.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from masksl.bench import exchanges, memory, steps
+from masksl.bench import exchanges, iterations, memory, steps
 from masksl.engine import ENGINES
 
 Row = dict[str, Any]
@@ -37,12 +37,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         The number of cores, and the rows of each part.
     """
     report: dict[str, Any] = {"cores": os.cpu_count()}
-    report |= {"exchanges": [], "steps": [], "memory": []}
+    parts = ("exchanges", "steps", "iterations", "uploads", "memory")
+    report |= {part: [] for part in parts}
     root = f"dataset.root={arguments.root}"
     if "exchanges" in arguments.parts:
         report["exchanges"] = _exchanges(arguments)
     if "steps" in arguments.parts:
         report["steps"] = _steps(root)
+    if "iterations" in arguments.parts:
+        report |= _iterations(root)
     if "memory" in arguments.parts:
         report["memory"] = _memory(arguments.clients, root)
     return report
@@ -71,6 +74,16 @@ def _steps(root: str) -> list[Row]:
     _add_ratios(rows, "step_ms", "ray", ("job",))
     _add_ratios(rows, "step_ms", "bare loop", ("job",))
     return rows
+
+
+def _iterations(root: str) -> dict[str, list[Row]]:
+    rows: list[Row] = []
+    for case in iterations.CASES:
+        for name in ("local", "ray"):
+            _announce(f"iterations of {case} on {name}")
+            rows.append(iterations.measure(name, case, root))
+    uploads = [iterations.measure_codec(case) for case in iterations.CASES]
+    return {"iterations": rows, "uploads": uploads}
 
 
 def _memory(numbers: Sequence[int], root: str) -> list[Row]:
@@ -134,6 +147,18 @@ def show(report: Mapping[str, Any]) -> None:
         | {"times_ray": ".2f", "times_bare": ".2f"}
         | shares,
         [dict.fromkeys(shares, "") | row for row in percent],
+    )
+    _show(
+        f"iterations of SASG, MNIST, ten workers, {cores}",
+        {"method": "", "engine": "", "iteration_ms": ".1f", "gradients_ms": ".1f"}
+        | {"codec_ms": ".1f", "exchange_ms": ".1f", "sum_ms": ".1f", "other_ms": ".1f"},
+        report["iterations"],
+    )
+    _show(
+        f"one upload alone, {cores}",
+        {"method": "", "bytes": ",", "encode_ms": ".2f", "decode_ms": ".2f"}
+        | {"sum_ms": ".2f"},
+        report["uploads"],
     )
     _show(
         f"memory of all processes, MNIST, {cores}",

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from masksl.bench import engine, exchanges, memory, steps
+from masksl.bench import engine, exchanges, iterations, memory, steps
 
 
 def test_exchanges_are_timed() -> None:
@@ -32,6 +32,19 @@ def test_steps_of_the_bare_loop_and_of_an_engine() -> None:
     engine._add_ratios(rows, "step_ms", "bare loop", ("job",))
     assert rows[0]["times_bare"] == 1
     assert rows[1]["times_bare"] == rows[1]["step_ms"] / rows[0]["step_ms"]
+
+
+def test_parts_of_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("method=sasg", "clients=2", "dataset.limit=80", "dataset.test_limit=10")
+    monkeypatch.setattr(iterations, "JOB", (*small, "batch_size=10"))
+    row = iterations.measure("local", "SASG, spsign, relay", "dataset.root=data")
+    parts = {key: value for key, value in row.items() if key.endswith("_ms")}
+    assert sum(parts.values()) == pytest.approx(2 * parts.pop("iteration_ms"))
+    assert min(parts.values()) > 0
+    codec = iterations.measure_codec("SASG, spsign, relay", repeats=1)
+    dense = iterations.measure_codec("SGD", repeats=1)
+    assert 50 * codec["bytes"] < dense["bytes"]
+    assert min(codec["encode_ms"], codec["decode_ms"], codec["sum_ms"]) > 0
 
 
 def test_memory_of_processes() -> None:
