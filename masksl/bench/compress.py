@@ -1,9 +1,9 @@
 """The compressors' speed and size, on made-up data.
 
-Every compressor at the paper's settings, at three sizes, on ReLU-like and on signed
-data; beside ``ms`` a straightforward PyTorch version of the published procedure, timed
-in turn with it, and a copy within the device's memory. Times are medians; on a GPU they
-end when its work is done, and frames are on the host.
+The compressors of activations at the paper's settings, at three sizes, on ReLU-like and
+on signed data; beside ``ms`` a straightforward PyTorch version of the published
+procedure, timed in turn with it, and a copy within the device's memory. Times are
+medians; on a GPU they end when its work is done, and frames are on the host.
 """
 
 import time

@@ -24,7 +24,7 @@ from masksl.codec.base import (
     Shape,
     Sparse,
 )
-from masksl.codec.bits import look_up, pack_bits, packed_size
+from masksl.codec.bits import look_up, pack_bits, packed_size, part_of
 from masksl.codec.options import check_choice, check_sparsity
 
 MAGNITUDES = (1, 2, 4)
@@ -36,7 +36,7 @@ class SignSparsification(Compressor):
     """SPSIGN: the largest elements as a sign and a magnitude, all others zero.
 
     The magnitudes are those of Lloyd's algorithm, which lowers the squared error of the
-    kept elements step by step.
+    kept elements step by step. Zeros among the kept elements get a magnitude, too.
 
     Parameters
     ----------
@@ -137,27 +137,36 @@ class SignSparsification(Compressor):
         most = torch.finfo(header.dtype).max
         if not bool(((centroids >= 0) & (centroids <= most)).all()):
             raise FrameError(f"spsign frame holds magnitudes that no {header.dtype} is")
-        values = _Values(centroids.to(header.dtype), symbols, kept, device)
+        values = _Values(header, centroids, symbols, kept, device)
         return replace(header, shape=by), values, coded, form
 
 
 class _Values:
     """The values of kept elements, read in parts as `planes.Values` are."""
 
+    # pylint: disable-next=too-many-arguments,too-many-positional-arguments
     def __init__(
-        self, centroids: Tensor, symbols: memoryview, count: int, device: Device
+        self,
+        header: Header,
+        centroids: Tensor,
+        symbols: memoryview,
+        count: int,
+        device: Device,
     ) -> None:
-        signed = torch.stack([centroids, -centroids], 1).view(-1)
-        packed = wire.to_tensor(symbols, torch.uint8, "cpu")
-        codes = torch.arange(len(signed), dtype=torch.uint8)
-        self._codes = look_up(packed, codes, count, _bits(len(centroids)))
-        self._levels, self._device = signed, device
+        self._dtype = header.dtype
+        levels = torch.stack([centroids, -centroids], 1).view(-1)
+        self._levels = wire.to_device(levels, device)
+        self._packed = wire.to_tensor(symbols, torch.uint8, device)
+        self._bits = _bits(len(centroids))
         self.count = count
 
     def part(self, start: int, stop: int) -> Tensor:
         """Return values, shape (stop - start,), of the type of the frame's tensor."""
-        part = self._levels[self._codes[start:stop].int()]
-        return wire.to_device(part, self._device)
+        first = start // 8 * 8  # a whole number of bytes before it
+        span = slice(first, stop)
+        packed = part_of(self._packed, self.count, self._bits, span)
+        found = look_up(packed, self._levels, stop - first, self._bits)
+        return found[start - first :].to(self._dtype)
 
 
 def lloyd(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +185,9 @@ def lloyd(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         float64, shape (number,), ascending: means of neighbouring values. int64, shape
         (k,): the number of the nearest one, of two equally near ones the lower.
     """
+    # Scaled by a power of two, which rounds nothing, so that sums do not overflow.
+    scale = int(np.frexp(values.max())[1])
+    values = np.ldexp(values, -scale)
     ascending = np.sort(values)
     sums = np.concatenate([[0.0], np.cumsum(ascending)])
     cuts = np.arange(number + 1) * len(values) // number
@@ -189,7 +201,8 @@ def lloyd(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         if np.array_equal(cuts, before):
             break
     middles = centroids[:-1] / 2 + centroids[1:] / 2
-    return centroids, np.searchsorted(middles, values, side="left")
+    nearest = np.searchsorted(middles, values, side="left")
+    return np.ldexp(centroids, scale), nearest
 
 
 def _means(sums: np.ndarray, cuts: np.ndarray) -> np.ndarray:

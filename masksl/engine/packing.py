@@ -39,8 +39,9 @@ def portions(messages: Sequence[Message]) -> Iterator[list[Message]]:
     counted: set[int] = set()  # ids of the records in the portion
     size = 0
     for message in messages:
-        records = message.content.array_records.values()
-        sizes = {id(r): sum(len(a.data) for a in r.values()) for r in records}
+        records = message.content.values()
+        arrays = [record for record in records if isinstance(record, ArrayRecord)]
+        sizes = {id(r): sum(len(a.data) for a in r.values()) for r in arrays}
         added = sum(n for record, n in sizes.items() if record not in counted)
         if portion and added and size + added > PORTION:
             yield portion

@@ -175,7 +175,10 @@ class ClientState(MutableMapping[str, Tensors]):
 
     def __getitem__(self, name: str) -> Tensors:
         """Return the tensors of a group; `KeyError` if there is none."""
-        return messages.state_tensors(self._records.array_records[name], self._device)
+        record = messages.arrays_of(self._records, name)
+        if record is None:
+            raise KeyError(name)
+        return messages.state_tensors(record, self._device)
 
     def __setitem__(self, name: str, tensors: Tensors) -> None:
         """Set a group; the tensors are held, not copied."""
@@ -187,15 +190,15 @@ class ClientState(MutableMapping[str, Tensors]):
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is a group."""
-        return name in self._records.array_records
+        return messages.arrays_of(self._records, str(name)) is not None
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the groups."""
-        return iter(self._records.array_records)
+        return iter([name for name in self._records if name in self])
 
     def __len__(self) -> int:
         """Return the number of groups."""
-        return len(self._records.array_records)
+        return len(list(iter(self)))
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class Client:
     @classmethod
     def of(cls, context: Context) -> "Client":
         """Return the client of a context that holds the settings."""
-        record: Any = context.state.config_records[messages.SETTINGS]
+        record: Any = context.state[messages.SETTINGS]
         settings: Settings = dict(record)
         if "dataset-root" in context.node_config:  # its data are on its own machine
             settings["dataset.root"] = str(context.node_config["dataset-root"])
@@ -304,7 +307,7 @@ class Client:
             Whether clients of this process share the tensors; they must not be stepped
             then. By default the client gets copies.
         """
-        record = content.array_records.get(messages.MODEL)
+        record = messages.arrays_of(content, messages.MODEL)
         if record is None:
             return
         caches = self.setup.caches
@@ -364,7 +367,7 @@ class Client:
     def save(self) -> RecordDict:
         """Answer `query.save`: the state that only this client knows."""
         names = self.setup.method.own_state(self.setup.settings)
-        records = self.context.state.array_records
+        records = self.context.state
         return RecordDict({name: records[name] for name in names if name in records})
 
     def restore(self, content: RecordDict) -> None:

@@ -51,8 +51,8 @@ class Point(NamedTuple):
 
     Parameters
     ----------
-    iterations, uploads : int
-        Iterations, uploads of all workers.
+    iterations, uploads, values : int
+        Iterations; uploads of all workers, and the values in them.
     up, down : int
         Bytes sent.
     metric : float
@@ -61,6 +61,7 @@ class Point(NamedTuple):
 
     iterations: int
     uploads: int
+    values: int
     up: int
     down: int
     metric: float
@@ -78,8 +79,8 @@ class _Run:
         Its seed.
     target : float
         The accuracy to exceed, a fraction.
-    elements, values : int
-        Elements of the network, and of an upload.
+    elements : int
+        Elements of the network.
     rows : Sequence[Mapping[str, Any]]
         Metrics of its rounds.
     points : list[Point]
@@ -93,7 +94,6 @@ class _Run:
     seed: int
     target: float
     elements: int
-    values: int
     rows: Sequence[Mapping[str, Any]]
     points: list[Point]
     settings: Mapping[str, Any]
@@ -106,11 +106,11 @@ class _Run:
 
     def values_only(self, point: Point) -> int:
         """Bytes of the values of all uploads before an evaluation."""
-        return 4 * self.values * point.uploads
+        return 4 * point.values
 
     def with_positions(self, point: Point) -> int:
         """Bytes of values, and of positions where uploads are sparse."""
-        sparse = self.values < self.elements
+        sparse = point.values < point.uploads * self.elements
         return self.values_only(point) * (2 if sparse else 1)
 
 
@@ -182,9 +182,8 @@ def _run_of(result: results.Result) -> _Run:
     for key in _NEEDED:
         if settings.get(key) is None:
             raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
-    for key in ("elements", "values"):
-        if key not in summary:
-            raise ReportError(f"{result.folder / results.SUMMARY}: no {key}")
+    if "elements" not in summary:
+        raise ReportError(f"{result.folder / results.SUMMARY}: no elements")
     workers = settings["clients"]
     return _Run(
         task=f"{settings['model.name']}, {settings['dataset.name']}, {workers} workers",
@@ -192,7 +191,6 @@ def _run_of(result: results.Result) -> _Run:
         seed=settings["seed"],
         target=float(settings["target"]),
         elements=summary["elements"],
-        values=summary["values"],
         rows=result.rows,
         points=_points(result.rows, settings["method.target_metric"]),
         settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
@@ -217,13 +215,14 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 def _points(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Point]:
     """Return all evaluations of a run."""
-    points, before = [], Point(0, 0, 0, 0, 0.0)
+    points, before = [], Point(0, 0, 0, 0, 0, 0.0)
     for row in rows:
         for check in row["checks"]:
             points.append(
                 Point(
                     before.iterations + check["step"],
                     before.uploads + check["uploads"],
+                    before.values + check["values"],
                     before.up + check["bytes_up"],
                     before.down + check["bytes_down"],
                     check[metric],
@@ -238,6 +237,7 @@ def _points(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Point]:
         before = Point(
             before.iterations + row["steps"],
             before.uploads + row["uploads"],
+            before.values + row["values"],
             before.up + ways["up"],
             before.down + ways["down"],
             row[metric],
@@ -321,7 +321,7 @@ def _figures(lines: _Lines) -> str:
     head = ["task", "method", "seed", "iterations", "uploads", "values", "bytes up"]
     head += ["bytes down", "accuracy"]
     rows = [
-        [task, name, run.seed, p.iterations, p.uploads, run.values]
+        [task, name, run.seed, p.iterations, p.uploads, p.values]
         + [p.up, p.down, f"{p.metric:.4f}"]
         for task, by_name in lines.items()
         for name, several in by_name.items()

@@ -349,7 +349,7 @@ def _content(reply: Message, place: str) -> RecordDict:
     """Return the content of a reply; `RunError` if it is a failure."""
     if reply.has_error():
         raise RunError(f"{place}: the client failed: {_reason(reply)}")
-    failed = reply.content.config_records.get(messages.FAILURE)
+    failed = messages.config_of(reply.content, messages.FAILURE)
     if failed is not None:
         raise RunError(f"{place}: {failed['reason']!s}")
     return reply.content

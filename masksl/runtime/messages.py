@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from masksl import compress
 from masksl.codec import planes, wire
@@ -57,14 +57,34 @@ def failure(reason: object) -> RecordDict:
     return RecordDict({FAILURE: ConfigRecord({"reason": str(reason)})})
 
 
+# The properties `array_records` and the like of Flower's RecordDict (1.41) copy all
+# records at each use, which takes as long as a small exchange; these look at one.
+
+
+def arrays_of(content: RecordDict, kind: str) -> ArrayRecord | None:
+    """Return the record of arrays of a name, None if there is none."""
+    record = content.get(kind)
+    return record if isinstance(record, ArrayRecord) else None
+
+
+def config_of(content: RecordDict, name: str) -> ConfigRecord | None:
+    """Return the record of settings of a name, None if there is none."""
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
+
+
 def metrics_of(content: RecordDict) -> dict[str, Any]:
     """Return the measurements of a message, {} if it has none."""
-    return dict(content.metric_records.get(METRICS, {}))
+    record = content.get(METRICS)
+    return dict(record) if isinstance(record, MetricRecord) else {}
 
 
 def place_of(content: RecordDict) -> dict[str, Any]:
     """Return round, step and what else the server sets of a message."""
-    return dict(content.config_records[PLACE])
+    place = config_of(content, PLACE)
+    if place is None:
+        raise KeyError(f"message without {PLACE}")
+    return dict(place)
 
 
 def entries(content: RecordDict, full: Mapping[str, int] | None = None) -> list[Entry]:
@@ -79,7 +99,8 @@ def entries(content: RecordDict, full: Mapping[str, int] | None = None) -> list[
     """
     counted = [
         _entry(kind, array)
-        for kind, record in content.array_records.items()
+        for kind, record in content.items()
+        if isinstance(record, ArrayRecord)
         for array in record.values()
     ]
     if not full:
@@ -152,10 +173,10 @@ def _record_of(data: bytes, stype: str, size: int) -> ArrayRecord:
 
 
 def _bytes_of(content: RecordDict, kind: str, stype: str) -> bytes:
-    try:
-        array = content.array_records[kind][_ONLY]
-    except KeyError:
-        raise FrameError(f"message without {kind}") from None
+    record = arrays_of(content, kind)
+    if record is None or _ONLY not in record:
+        raise FrameError(f"message without {kind}")
+    array = record[_ONLY]
     if array.stype != stype:
         raise FrameError(f"{kind} of type {array.stype!r}, expected {stype!r}")
     return array.data
@@ -196,7 +217,7 @@ def model_of(
     FrameError
         If the tensors are of other dtypes or shapes, or the frame-set is broken.
     """
-    if kind not in content.array_records:
+    if arrays_of(content, kind) is None:
         return None
     return compress.decode_set(set_of(content, kind), like)
 

@@ -60,6 +60,8 @@ def check() -> None:
         ),
         "sp, indices": (all_indices(tensor), {}),
         "rt": (make("rt", sparsity=0.2).encode(tensor), {}),
+        "spsign, all kept": (make("spsign", sparsity=0).encode(tensor), {}),
+        "spsign": (make("spsign", sparsity=0.5, magnitudes=4).encode(tensor), {}),
         "mask": (make("mask").encode(mask), {}),
         "mask, levels": (
             make("mask").encode(mask, reference=levels),
@@ -74,6 +76,12 @@ def check() -> None:
     frame = make("sp", sparsity=0.99, positions="auto").encode(tensor)
     taken, _ = growth(lambda: decode_sparse(frame, max_elements=ELEMENTS)[1])
     assert taken <= 4 * ELEMENTS, taken  # 12 bytes and some for each that is kept
+    frame = make("spsign", sparsity=0).encode(tensor)
+    taken, _ = growth(lambda: decode_sparse(frame, max_elements=ELEMENTS)[1])
+    assert taken <= (12 + 4) * ELEMENTS + CONSTANT, taken
+    header, payload = wire.parse(frame)
+    without = bytes(payload[: 8 + ELEMENTS // 4])  # two magnitudes, symbols of 2 bits
+    check_refusal(wire.assemble(header, [without]), "of 0 bytes")
     check_crafted(cases["ec"][0])
     check_claims()
     check_mutated()
@@ -173,6 +181,7 @@ MUTATED: list[tuple[str, dict[str, Any]]] = [
     ("sp", {"sparsity": 0.5, "positions": "auto"}),
     ("sp", {"lossless": "context"}),
     ("ms", {"lossless": "context"}),
+    ("spsign", {"sparsity": 0.9}),
     ("qu", {"lossless": "context"}),
     ("ec", {"error": 0.3}),
     ("ec", {"step": 0.01, "context": "none"}),

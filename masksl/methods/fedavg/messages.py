@@ -5,6 +5,7 @@ import struct
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from masksl.compress import FrameError
+from masksl.runtime.messages import arrays_of
 from masksl.training.score import Score
 
 TRAIN = "train.local"
@@ -40,7 +41,7 @@ def score_of(content: RecordDict, samples: int) -> Score:
     FrameError
         If there is none, or it cannot be one of so many samples.
     """
-    record = content.array_records.get(SCORE)
+    record = arrays_of(content, SCORE)
     array = record[SCORE] if record and SCORE in record else None
     if array is None or array.stype != _SCORES or len(array.data) != _FIELDS.size:
         raise FrameError("message without a score")

@@ -4,25 +4,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from flwr.app import RecordDict
 from torch import nn
 
-from masksl.compress import Compressor, FrameError, NotFiniteError
+from masksl.compress import Compressor, NotFiniteError
 from masksl.methods.client import Client, ClientMethod, place_of
 from masksl.methods.sasg import SasgConfig
 from masksl.methods.sasg.messages import (
     BUFFER,
     BUFFERS,
+    DIGEST,
     SENDERS,
     SKIP,
     TRAIN,
     UPDATE,
+    digest_record,
     relayed,
     skip_record,
     threshold_of,
 )
-from masksl.methods.sasg.vectors import Layout, Vector, squared_norm, total_of
+from masksl.methods.sasg.vectors import (
+    Layout,
+    Vector,
+    digest,
+    join,
+    split,
+    squared_norm,
+    total_of,
+)
 from masksl.runtime import messages
 from masksl.runtime.compressors import EXACT
 from masksl.settings import Settings
@@ -35,16 +46,25 @@ REFERENCE = "reference"  # w as it was at the last upload, likewise
 MEMORY = "memory"  # what compression has lost so far
 SKIPS = "skips"  # number of skipped iterations, from the last upload on
 BUFFER_STATE = "buffers"  # BatchNorm statistics by name
-OWN = "own"  # under `relay`: its upload of the last iteration
+OWN = "own"  # under `relay`: its upload of the last iteration, a frame-set
 VECTORS = "vectors"  # under `relay`: the last uploads of all workers, see `join`
-FLAT = "flat"
+FLAT, FRAME = "flat", "frame"
 
 
 class _Step(NamedTuple):
-    """A step of w that a relay brought, for the other workers of the process."""
+    """A step of w that a relay brought, for the other workers of the process.
 
-    run_id: int
-    iteration: int
+    Parameters
+    ----------
+    frames : dict[int, bytes]
+        The new uploads that made it, by worker.
+    before, after : torch.Tensor
+        w before and after it.
+    vectors : dict[str, torch.Tensor]
+        The last uploads of all workers after it, see `join`.
+    """
+
+    frames: dict[int, bytes]
     before: torch.Tensor
     after: torch.Tensor
     vectors: Tensors
@@ -64,13 +84,21 @@ class _Shared:
     uploads: dict[int, tuple[bytes, Vector]] = field(default_factory=dict)
     step: _Step | None = None
 
+    def vector(self, number: int, data: bytes) -> Vector:
+        """Decode the upload of a worker, unless it is the one decoded last."""
+        known = self.uploads.get(number)
+        if known is None or known[0] != data:
+            known = data, self.layout.decode_vector(data, self.compressor)
+            self.uploads[number] = known
+        return known[1]
+
 
 def gradient(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.gradient`: upload what the gradient makes of w, or skip."""
     config, shared, state = _config(client), _shared(client), client.state
     place = messages.place_of(content)
     with client.watch("codec"):
-        weights = _receive(client, content, place["iteration"] - 1)
+        weights = _receive(client, content)
         threshold = threshold_of(content)
     with client.watch("compute"):
         pass_ = _Pass(client, content)
@@ -83,6 +111,8 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
     if buffers:
         state[BUFFER_STATE] = buffers
     reply = RecordDict()
+    if place["step"] == 0:
+        reply[DIGEST] = digest_record(digest(weights))
     if skipped:
         reply[SKIP] = skip_record()
         _set_skips(client, skips + 1)
@@ -183,74 +213,52 @@ def _upload(client: Client, content: RecordDict, change: torch.Tensor) -> bytes:
         state[MEMORY] = {FLAT: vector.taken_from(change)}
         if config.way_down == "relay":
             shared.uploads[client.number] = data, vector
-            state[OWN] = {"values": vector.values}
-            if vector.positions is not None:
-                state[OWN] = {"positions": vector.positions, "values": vector.values}
+            frame = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+            state[OWN] = {FRAME: frame}
     return data
 
 
 # --- what comes down ------------------------------------------------------------------
 
 
-def _receive(client: Client, content: RecordDict, iteration: int) -> torch.Tensor:
-    """Bring w up to date with what a message has; return it.
-
-    Parameters
-    ----------
-    client : Client
-        The worker.
-    content : RecordDict
-        Content of the message.
-    iteration : int
-        The iteration whose uploads changed w.
-    """
+def _receive(client: Client, content: RecordDict) -> torch.Tensor:
+    """Bring w up to date with what a message has; return it."""
     shared, state = _shared(client), client.state
     weights = state[WEIGHTS][FLAT] if WEIGHTS in state else shared.initial
-    records = content.array_records
-    if messages.MODEL in records:
-        weights = _decoded(client, content, messages.MODEL)
-    elif SENDERS in records:
-        weights = _relay(client, content, weights, iteration)
-    elif UPDATE in records:
+    before = weights
+    if SENDERS in content:
+        weights = _relay(client, content, weights)
+    elif UPDATE in content:
         weights = weights - _decoded(client, content, UPDATE)
-    else:
-        return weights
-    state[WEIGHTS] = {FLAT: weights}
+    if messages.MODEL in content:
+        weights = _decoded(client, content, messages.MODEL)
+    if weights is not before:
+        state[WEIGHTS] = {FLAT: weights}
     return weights
 
 
 def _decoded(client: Client, content: RecordDict, kind: str) -> torch.Tensor:
     """Return the vector of a record, which is decoded once in a process."""
-    shared, record = _shared(client), content.array_records[kind]
+    shared, record = _shared(client), content[kind]
     if shared.received is None or shared.received[0] is not record:
         data = messages.set_of(content, kind)
         shared.received = record, shared.layout.decode(data)
     return shared.received[1]
 
 
-def _relay(
-    client: Client, content: RecordDict, weights: torch.Tensor, iteration: int
-) -> torch.Tensor:
+def _relay(client: Client, content: RecordDict, weights: torch.Tensor) -> torch.Tensor:
     """Return w after an iteration whose new uploads came; remember all uploads."""
     shared, state = _shared(client), client.state
-    run_id, step = client.context.run_id, shared.step
-    known = step is not None and step[:2] == (run_id, iteration)
-    if not (known and _same(step.before, weights)):  # type: ignore[union-attr]
-        vectors = split(
-            state.get(VECTORS, {}), client.run.clients, shared.layout.device
-        )
-        for number, data in relayed(content, client.run.clients).items():
-            sent, vector = shared.uploads.get(number, (b"", None))
-            if sent is not data or vector is None:
-                vector = shared.layout.decode_vector(data, shared.compressor)
-            vectors[number] = vector
-        if OWN in state:
-            own = state[OWN]
-            vectors[client.number] = Vector(own.get("positions"), own["values"])
+    frames = relayed(content, client.run.clients)
+    if OWN in state:
+        frames[client.number] = state[OWN][FRAME].numpy().tobytes()
+    step = shared.step
+    if step is None or step.frames != frames or not _same(step.before, weights):
+        vectors = split(state.get(VECTORS, {}), client.run.clients, weights.device)
+        for number, data in frames.items():
+            vectors[number] = shared.vector(number, data)
         after = weights - total_of(vectors, shared.layout)
-        step = _Step(run_id, iteration, weights, after, join(vectors))
-        shared.step = step
-    assert step is not None
+        step = shared.step = _Step(frames, weights, after, join(vectors))
     state.pop(OWN, None)
     state[VECTORS] = step.vectors
     return step.after
@@ -261,40 +269,6 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 # --- state ----------------------------------------------------------------------------
-
-
-def join(vectors: Sequence[Vector]) -> Tensors:
-    """Return the uploads of all workers as three tensors.
-
-    Returns
-    -------
-    dict[str, torch.Tensor]
-        ``positions`` and ``values`` of all, one worker after the other, and the
-        ``sizes``, int64, shape (M,).
-    """
-    sizes = torch.tensor([len(vector.values) for vector in vectors])
-    positions = [_positions(vector) for vector in vectors]
-    values = [vector.values for vector in vectors]
-    joined = {"positions": torch.cat(positions), "values": torch.cat(values)}
-    return joined | {"sizes": sizes}
-
-
-def split(tensors: Tensors, workers: int, device: torch.device) -> list[Vector]:
-    """Return the uploads of what `join` returned, empty ones of nothing."""
-    if not tensors:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return [Vector(none, none.float())] * workers
-    sizes = tensors["sizes"].tolist()
-    if len(sizes) != workers:
-        raise FrameError(f"uploads of {len(sizes)} workers, expected {workers}")
-    parts = tensors["positions"].split(sizes), tensors["values"].split(sizes)
-    return [Vector(*pair) for pair in zip(*parts, strict=True)]
-
-
-def _positions(vector: Vector) -> torch.Tensor:
-    if vector.positions is not None:
-        return vector.positions
-    return torch.arange(len(vector.values), device=vector.values.device)
 
 
 def _skips(client: Client) -> int:

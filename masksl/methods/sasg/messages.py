@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from masksl.compress import FrameError
-from masksl.runtime.messages import FRAMES
+from masksl.runtime.messages import FRAMES, arrays_of
 
 TRAIN = "train.gradient"
 BUFFERS = "evaluate.buffers"
@@ -16,10 +16,12 @@ UPDATE = "update"
 THRESHOLD = "threshold"
 SENDERS = "senders"
 SKIP = "skip"
+DIGEST = "digest"
 BUFFER = "buffer"
 
 _RAW = "masksl.raw"
 _NUMBER = struct.Struct("<d")
+_DIGEST = struct.Struct("<Q")
 _SKIPPED = b"\x01"
 
 
@@ -30,7 +32,7 @@ def threshold_record(threshold: float) -> ArrayRecord:
 
 def threshold_of(content: RecordDict) -> float | None:
     """Return the threshold of a message, None if it has none."""
-    if THRESHOLD not in content.array_records:
+    if arrays_of(content, THRESHOLD) is None:
         return None
     (threshold,) = _NUMBER.unpack(_data(content, THRESHOLD, _NUMBER.size))
     if not threshold >= 0:
@@ -45,11 +47,22 @@ def skip_record() -> ArrayRecord:
 
 def has_skipped(content: RecordDict) -> bool:
     """Return whether a reply says that its worker uploads nothing."""
-    if SKIP not in content.array_records:
+    if arrays_of(content, SKIP) is None:
         return False
-    if _data(content, SKIP, 1) != _SKIPPED:
-        raise FrameError("skip that is none")
+    if _data(content, SKIP, 1) != _SKIPPED or UPDATE in content:
+        raise FrameError("skip with another content")
     return True
+
+
+def digest_record(digest: int) -> ArrayRecord:
+    """Return a record of a digest: 8 bytes."""
+    return _record(_DIGEST.pack(digest))
+
+
+def digest_of(content: RecordDict) -> int:
+    """Return the digest of a message."""
+    (digest,) = _DIGEST.unpack(_data(content, DIGEST, _DIGEST.size))
+    return int(digest)
 
 
 def senders_record(senders: Sequence[int], workers: int) -> ArrayRecord:
@@ -80,7 +93,7 @@ def relayed(content: RecordDict, workers: int) -> dict[int, bytes]:
     packed = np.frombuffer(_data(content, SENDERS, -(-workers // 8)), np.uint8)
     flags = np.unpackbits(packed, bitorder="little")
     numbers = np.flatnonzero(flags).tolist()
-    record = content.array_records.get(UPDATE)
+    record = arrays_of(content, UPDATE)
     arrays = list(record.values()) if record is not None else []
     frames = [array.data for array in arrays if array.stype == FRAMES]
     if len(frames) != len(numbers) or any(n >= workers for n in numbers):
@@ -96,8 +109,10 @@ def _record(data: bytes) -> ArrayRecord:
 
 def _data(content: RecordDict, kind: str, size: int) -> bytes:
     """Return the bytes of a record; `FrameError` unless it has as many."""
-    record = content.array_records.get(kind)
+    record = arrays_of(content, kind)
     array = record.get("data") if record else None
-    if array is None or array.stype != _RAW or len(array.data) != size:
+    if array is None or array.stype != _RAW:
         raise FrameError(f"message without {kind}")
+    if len(array.data) != size:
+        raise FrameError(f"{kind} of {len(array.data)} bytes, expected {size}")
     return array.data

@@ -23,7 +23,6 @@ from masksl.methods.sasg.client import (
     SKIPS,
     VECTORS,
     WEIGHTS,
-    join,
 )
 from masksl.methods.sasg.messages import (
     BUFFER,
@@ -32,15 +31,16 @@ from masksl.methods.sasg.messages import (
     THRESHOLD,
     TRAIN,
     UPDATE,
+    digest_of,
     has_skipped,
     relay_record,
     senders_record,
     threshold_record,
 )
-from masksl.methods.sasg.vectors import Layout, Vector, total_of
+from masksl.methods.sasg.vectors import Layout, Vector, digest, join, total_of
 from masksl.methods.sasg.weights import Past, Weights
 from masksl.runtime import messages
-from masksl.runtime.clients import ClientInfo, ClientManager
+from masksl.runtime.clients import UNKNOWN, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import DOWN, UP, Traffic
 from masksl.runtime.messages import RunError, ends_run, metrics_of
@@ -75,10 +75,11 @@ class _Worker:
 
 @dataclass
 class _Counts:
-    """Uploads and skips of a round."""
+    """Uploads of a round, skips, and values of all uploads."""
 
     uploads: int = 0
     skips: int = 0
+    values: int = 0
 
 
 class SasgServer(ServerMethod):
@@ -156,16 +157,14 @@ class SasgServer(ServerMethod):
                 content[THRESHOLD] = threshold_record(threshold)
             sent[client.number] = content
         replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
-        if len(replies) < len(sent):
-            raise RunError(
-                f"{round_.place(step)}: method=sasg needs every worker; "
-                f"{round_.last_failure}"
-            )
+        self._need_all(round_, replies, step)
         self.fresh = []
         loss, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._label)):
                 with round_.watch("codec"):
+                    if not step:
+                        self._compare(round_.manager.clients[number], content)
                     self._take(number, content, threshold)
             metrics = metrics_of(content)
             round_.add_loss(metrics["loss"], metrics["samples"])
@@ -174,6 +173,16 @@ class SasgServer(ServerMethod):
         with round_.watch("server"):
             self._move(round_, step, lr)
         return loss / samples
+
+    def _need_all(
+        self, round_: Round, replies: Mapping[int, RecordDict], step: int
+    ) -> None:
+        """End the run if a worker failed."""
+        if len(replies) < len(self.workers):
+            raise RunError(
+                f"{round_.place(step)}: method=sasg needs every worker; "
+                f"{round_.last_failure}"
+            )
 
     def _threshold(self, round_: Round, step: int) -> float | None:
         """Return the threshold of an iteration, None while everybody uploads."""
@@ -184,7 +193,7 @@ class SasgServer(ServerMethod):
             total = sum(past.square / past.rate for past in self.weights.history)
             return config.constant / self.run.clients**2 * total
         total = sum(past.square for past in self.weights.history)
-        rate = _earlier(round_, step, config.threshold_lag)
+        rate = _rate_before(round_, step, config.threshold_lag)
         return config.constant / (rate * self.run.clients**2) * total
 
     def _take(self, number: int, content: RecordDict, threshold: float | None) -> None:
@@ -203,6 +212,15 @@ class SasgServer(ServerMethod):
         worker.skips = int(threshold is not None)
         self.fresh.append(number)
         self.counts.uploads += 1
+        self.counts.values += len(worker.vector.values)
+
+    def _compare(self, client: ClientInfo, content: RecordDict) -> None:
+        """Compare a worker's w with the server's; one that differs gets it in full.
+
+        Processors may differ in what both sides compute from the seed.
+        """
+        if digest_of(content) != digest(self.weights.flat):
+            client.version = UNKNOWN
 
     def _move(self, round_: Round, step: int, lr: float) -> None:
         """Subtract the sum of all last uploads from w."""
@@ -222,6 +240,10 @@ class SasgServer(ServerMethod):
         if client.version == self.weights.version:
             return
         way = self.config.way_down
+        if client.version == UNKNOWN and way != "dense":
+            dense = 4 * self.layout.elements
+            data = encode_set(self.layout.named(self.weights.flat))
+            content[messages.MODEL] = messages.set_record(data, dense)
         if way == "relay":
             others = [n for n in self.fresh if n != client.number]
             dense = 4 * self.layout.elements
@@ -262,6 +284,7 @@ class SasgServer(ServerMethod):
         every = round_.manager.clients
         sent = {c.number: RecordDict({messages.PLACE: place}) for c in every}
         replies = round_.exchange(BUFFERS, sent, step=0, label=BUFFER)
+        self._need_all(round_, replies, 0)
         received = []
         for number, content in replies.items():
             with ends_run(round_.place(0, number, BUFFER)), round_.watch("codec"):
@@ -344,31 +367,32 @@ class SasgServer(ServerMethod):
         }
 
     def progress(self, round_: Round) -> dict[str, Any]:
-        """Return uploads and bytes of the round so far."""
+        """Return uploads, their values, and bytes of the round so far."""
         traffic = round_.manager.ledger.round
         ways = {f"bytes_{way}": traffic.bytes(direction=way) for way in (UP, DOWN)}
-        return {"uploads": self.counts.uploads} | ways
+        return self._counted() | ways
 
     def metrics(self, round_: Round) -> dict[str, Any]:
-        """Return uploads and skips of the round."""
+        """Return uploads, their values, and skips of the round."""
         del round_
-        return {"uploads": self.counts.uploads, "skips": self.counts.skips}
+        return self._counted() | {"skips": self.counts.skips}
+
+    def _counted(self) -> dict[str, Any]:
+        return {"uploads": self.counts.uploads, "values": self.counts.values}
 
     def summary(
         self, rows: Sequence[Mapping[str, Any]], traffic: Traffic
     ) -> dict[str, Any]:
-        """Return uploads and skips of the whole run, and elements of an upload."""
+        """Return the same of the whole run, and the elements of the network."""
         del traffic
-        sums = {key: sum(row[key] for row in rows) for key in ("uploads", "skips")}
-        vectors = [w.vector for w in self.workers if w.vector is not None]
-        values = max((len(vector.values) for vector in vectors), default=0)
-        return sums | {"elements": self.layout.elements, "values": values}
+        keys = ("uploads", "skips", "values")
+        sums = {key: sum(row[key] for row in rows) for key in keys}
+        return sums | {"elements": self.layout.elements}
 
 
-def _earlier(round_: Round, step: int, lag: float) -> float:
-    """Return the learning rate so many rounds before a step, at most the first one."""
+def _rate_before(round_: Round, step: int, lag: float) -> float:
+    """Return the learning rate so many rounds before a step, not before the first."""
     steps = max(1, round_.steps)
-    place = max(0.0, round_.number - 1 + step / steps - lag)
-    done = int(place)
-    rates = replace(round_.rates, round=done + 1)
-    return rates.at(min(steps - 1, round((place - done) * steps)), steps)
+    place = max(0, (round_.number - 1) * steps + step - round(lag * steps))
+    done, number = divmod(place, steps)
+    return replace(round_.rates, round=done + 1).at(number, steps)

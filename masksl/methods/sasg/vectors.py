@@ -6,7 +6,9 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from masksl.compress import (
@@ -57,6 +59,13 @@ class Vector(NamedTuple):
 
     positions: torch.Tensor | None
     values: torch.Tensor
+
+    @property
+    def all_positions(self) -> torch.Tensor:
+        """Positions of the values, also if it has all of them."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(len(self.values), device=self.values.device)
 
     def add_to(self, total: torch.Tensor) -> None:
         """Add it to a dense vector, float32, shape (d,)."""
@@ -143,7 +152,9 @@ class Layout:
         return self.flat(decode_set(data, self._like))
 
     def decode_vector(self, data: bytes, compressor: Compressor) -> Vector:
-        """Decode an upload; where the compressor has none, positions are not zero.
+        """Decode an upload.
+
+        Where the compressor keeps no positions, those of nonzero elements are taken.
 
         Raises
         ------
@@ -191,6 +202,51 @@ def total_of(vectors: Sequence[Vector], layout: Layout) -> torch.Tensor:
     return total
 
 
+def digest(flat: torch.Tensor) -> int:
+    """Return 64 bits by which copies of a vector are compared (XXH3)."""
+    return xxhash.xxh3_64_intdigest(flat.cpu().numpy())
+
+
 def squared_norm(flat: torch.Tensor) -> float:
-    """Return the squared norm of a vector, computed in float64."""
+    """Return the squared norm of a vector, computed in float64.
+
+    On the CPU NumPy adds up, on one thread: the order of PyTorch's sums depends on the
+    number of threads.
+    """
+    if flat.device.type == "cpu":
+        return float(np.square(flat.numpy(), dtype=np.float64).sum())
     return float(flat.double().square().sum())
+
+
+def join(vectors: Sequence[Vector]) -> Tensors:
+    """Return the uploads of all workers as three tensors.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        ``positions`` and ``values`` of all, one worker after the other, and the
+        ``sizes``, int64, shape (M,).
+    """
+    sizes = torch.tensor([len(vector.values) for vector in vectors])
+    positions = [vector.all_positions for vector in vectors]
+    values = [vector.values for vector in vectors]
+    joined = {"positions": torch.cat(positions), "values": torch.cat(values)}
+    return joined | {"sizes": sizes}
+
+
+def split(tensors: Tensors, workers: int, device: torch.device) -> list[Vector]:
+    """Return the uploads of what `join` returned, empty ones of nothing.
+
+    Raises
+    ------
+    FrameError
+        If they are those of another number of workers.
+    """
+    if not tensors:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return [Vector(none, none.float())] * workers
+    sizes = tensors["sizes"].tolist()
+    if len(sizes) != workers:
+        raise FrameError(f"uploads of {len(sizes)} workers, expected {workers}")
+    parts = tensors["positions"].split(sizes), tensors["values"].split(sizes)
+    return [Vector(*pair) for pair in zip(*parts, strict=True)]

@@ -42,7 +42,10 @@ class Weights:
     references: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def refer(self, used: Collection[int]) -> None:
-        """Keep the versions of some numbers, of which one may be the current one."""
+        """Keep the versions of some numbers, forget all others.
+
+        The current version may be one of them, all others must be known.
+        """
         known = self.references | {self.version: self.flat}
         self.references = {number: known[number] for number in sorted(used)}
 

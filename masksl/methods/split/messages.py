@@ -5,6 +5,7 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from masksl.compress import FrameError
+from masksl.runtime.messages import arrays_of
 
 FORWARD = "train.forward"
 BACKWARD = "train.backward"
@@ -53,7 +54,7 @@ def labels_of(content: RecordDict, classes: int, expected: int) -> torch.Tensor:
         If labels are missing, too many, too few, or not below ``classes``.
     """
     dtype = _dtype(classes)
-    record = content.array_records.get(LABEL)
+    record = arrays_of(content, LABEL)
     array = record[LABEL] if record and LABEL in record else None
     if array is None or array.stype != _LABELS:
         raise FrameError("message without labels")

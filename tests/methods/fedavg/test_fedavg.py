@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 from torch import nn
 from torch.nn import functional
 
@@ -439,13 +440,13 @@ def test_a_client_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_score_has_sixteen_bytes_and_fits_its_shard() -> None:
     given = Score(40, 12.5, 30, 39)
-    record = {SCORE: score_record(given)}
-    content: Any = type("Content", (), {"array_records": record})
+    record: Any = score_record(given)
+    content = RecordDict({SCORE: record})
     assert score_of(content, 40) == given
-    assert len(record[SCORE][SCORE].data) == 16
+    assert len(record[SCORE].data) == 16
     with pytest.raises(FrameError, match="score of 30 and 39 hits among 38 samples"):
         score_of(content, 38)
-    record[SCORE][SCORE].data = b"short"
+    record[SCORE].data = b"short"
     with pytest.raises(FrameError, match="message without a score"):
         score_of(content, 40)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 from torch.nn import functional
 
@@ -12,13 +13,31 @@ from masksl import model
 from masksl.compress import make
 from masksl.config import ConfigError
 from masksl.methods.client import Place
-from masksl.methods.sasg.client import FLAT, MEMORY, REFERENCE, WEIGHTS, gradient
-from masksl.methods.sasg.messages import SKIP, THRESHOLD, UPDATE, threshold_record
-from masksl.methods.sasg.vectors import Layout
+from masksl.methods.sasg.client import (
+    FLAT,
+    MEMORY,
+    REFERENCE,
+    SKIPS,
+    WEIGHTS,
+    gradient,
+)
+from masksl.methods.sasg.messages import (
+    BUFFERS,
+    DIGEST,
+    SKIP,
+    THRESHOLD,
+    TRAIN,
+    UPDATE,
+    threshold_record,
+)
+from masksl.methods.sasg.server import _rate_before
+from masksl.methods.sasg.vectors import Layout, squared_norm
 from masksl.runtime.compressors import EXACT
-from masksl.runtime.messages import PLACE, RunError
+from masksl.runtime.messages import MODEL, PLACE, RunError
+from masksl.runtime.round import Round
+from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.utils import derive_seed
-from tests.conftest import Training, prepare, settings_of, train
+from tests.conftest import prepare, settings_of, train, untimed
 
 SMALL = (
     *("method=sasg", "clients=4", "dataset.limit=160", "batch_size=10", "rounds=3"),
@@ -112,12 +131,12 @@ def test_an_infinite_constant_has_all_upload_in_every_eleventh_iteration() -> No
     assert uploads == expected and sum(uploads) == 180
 
 
-@pytest.mark.parametrize("constant", [1, 20, 400])
+@pytest.mark.parametrize("constant", [10, 40, 400])
 def test_uploads_and_skips_are_all_iterations(constant: int) -> None:
     training = train(*SMALL, "rounds=12", f"method.constant={constant}")
     uploads, skips = (sum(r[k] for r in training.rows) for k in ("uploads", "skips"))
     assert uploads + skips == 4 * 48
-    assert uploads >= 4 * 3
+    assert 4 * 3 < uploads < 4 * 48
     assert all(0 <= worker.skips <= 4 for worker in training.server.workers)
 
 
@@ -130,15 +149,21 @@ def test_a_worker_that_has_nothing_new_skips() -> None:
     client.state[REFERENCE] = {FLAT: now.clone()}
     reply = gradient(client, message(1, 0, threshold=0.0))
     assert SKIP in reply and UPDATE not in reply
-    for key in (REFERENCE, MEMORY):  # neither has changed
-        before = client.state[key][FLAT].clone()
-        gradient(client, message(1, 0, threshold=0.0))
-        assert torch.equal(client.state[key][FLAT], before)
+    memory = client.state[MEMORY][FLAT].clone()
+    client.state[REFERENCE] = {FLAT: now + 1}
+    assert UPDATE in gradient(client, message(1, 0, threshold=0.0))
+    assert torch.equal(client.state[REFERENCE][FLAT], now)
+    assert not torch.equal(client.state[MEMORY][FLAT], memory)
+    memory = client.state[MEMORY][FLAT].clone()
+    for skips in (2, 3, 4):  # once more than the delay, from an upload on
+        assert SKIP in gradient(client, message(1, 0, threshold=1e9))
+        assert int(client.state[SKIPS]["number"]) == skips
+    assert UPDATE in gradient(client, message(1, 0, threshold=1e9))
+    assert int(client.state[SKIPS]["number"]) == 1
+    assert not torch.equal(client.state[MEMORY][FLAT], memory)
 
 
 def message(round_: int, step: int, threshold: float | None) -> Any:
-    from flwr.app import ConfigRecord, RecordDict
-
     place = {"round": round_, "step": step, "lr": 0.05, "iteration": 4}
     content = RecordDict({PLACE: ConfigRecord(place)})  # type: ignore[arg-type]
     if threshold is not None:
@@ -168,7 +193,15 @@ def test_what_is_not_sent_is_remembered(values: str) -> None:
 # --- the way down ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("compressor=ec", "compressor.error=0.3")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("compressor=ec", "compressor.error=0.3"),
+        ("compressor=spsign", "compressor.sparsity=0.9", "model.name=small_cnn"),
+    ],
+    ids=str,
+)
 def test_all_ways_down_give_the_same_weights(options: tuple[str, ...]) -> None:
     found = {}
     for way in ("dense", "sum", "relay"):
@@ -180,6 +213,83 @@ def test_all_ways_down_give_the_same_weights(options: tuple[str, ...]) -> None:
             assert torch.equal(held, run.server.weights.previous), (way, number)
     assert torch.equal(found["sum"], found["dense"])
     assert torch.equal(found["relay"], found["dense"])
+
+
+@pytest.mark.parametrize("way", ["dense", "sum", "relay"])
+def test_what_workers_share_changes_nothing(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every worker computes everything itself, as if it were alone."""
+    job = (*SMALL, "compressor=spsign", f"method.down={way}", "method.constant=20")
+    expected = train(*job)
+    handlers: Any = expected.client(0).setup.method.handlers
+    real = handlers[TRAIN]
+
+    def alone(client: Any, content: Any) -> Any:
+        client.setup.caches.method = None
+        return real(client, content)
+
+    monkeypatch.setitem(handlers, TRAIN, alone)
+    found = train(*job)
+    assert torch.equal(found.server.weights.flat, expected.server.weights.flat)
+    assert untimed(found.rows) == untimed(expected.rows)
+
+
+@pytest.mark.parametrize("way", ["dense", "sum", "relay"])
+def test_weights_that_differ_are_sent_once(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one worker the initial weights are others, as of another processor."""
+    job = (*SMALL, f"method.down={way}")
+    handlers: Any = prepare(settings_of(*job)).client(0).setup.method.handlers
+    real = handlers[TRAIN]
+
+    def other(client: Any, content: Any) -> Any:
+        place = content[PLACE]
+        if client.number == 2 and (place["round"], place["step"]) == (1, 0):
+            initial = Layout.of(client.setup.module).flat(client.setup.initial)
+            client.state[WEIGHTS] = {FLAT: initial + 1e-6}
+        return real(client, content)
+
+    monkeypatch.setitem(handlers, TRAIN, other)
+    training = train(*job)
+    size, times = 32 + 4 * 650, 4 * 11 if way == "dense" else 1
+    assert training.traffic.bytes(MODEL, "down") == times * size
+    for number in range(4):
+        held = training.client(number).state[WEIGHTS][FLAT]
+        assert torch.equal(held, training.server.weights.previous)
+
+
+def test_a_repeated_round_does_not_take_a_step_of_the_first_try() -> None:
+    """Gradients of the repeat differ a little, as on a GPU they may."""
+    training = prepare(settings_of(*SMALL))
+    strategy, server = training.strategy, training.server
+    round_ = Round(1, Rates(strategy.schedule, 0.05, 1, 3), [], strategy.clients)
+    round_.clients = strategy.clients.sample(1)
+    round_.steps = server.steps(round_)
+    for step in range(2):
+        server.run_step(round_, step)
+    strategy.restore(strategy.snapshot)
+    strategy.register(training.grid)
+    round_.clients = strategy.clients.sample(1)
+    round_.rates = Rates(strategy.schedule, 0.05001, 1, 3)
+    for step in range(3):
+        server.run_step(round_, step)
+    for number in range(4):
+        held = training.client(number).state[WEIGHTS][FLAT]
+        assert torch.equal(held, server.weights.previous)
+
+
+@pytest.mark.parametrize("elements", [10_000, 101_770, 407_050])
+def test_norms_do_not_depend_on_threads(elements: int) -> None:
+    flat, found = torch.randn(elements) * 1e-3, set()
+    before = torch.get_num_threads()
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        found.add(squared_norm(flat))
+    torch.set_num_threads(before)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(float(flat.double().norm()) ** 2, rel=1e-12)
 
 
 def test_bytes_by_hand() -> None:
@@ -199,7 +309,9 @@ def test_bytes_by_hand() -> None:
     assert traffic.bytes("senders", "down") == 4 * 11
     kinds = [(UPDATE, "up"), (SKIP, "up"), (THRESHOLD, "down"), (UPDATE, "down")]
     every = sum(traffic.bytes(*kind) for kind in kinds)
-    assert traffic.bytes() == every + traffic.bytes("senders", "down")
+    assert traffic.bytes(DIGEST, "up") == 8 * 4 * 3
+    others = traffic.bytes("senders", "down") + traffic.bytes(DIGEST)
+    assert traffic.bytes() == every + others
 
 
 def test_a_dense_way_down_sends_the_model_to_all() -> None:
@@ -207,7 +319,7 @@ def test_a_dense_way_down_sends_the_model_to_all() -> None:
     traffic, size = training.traffic, 32 + 4 * 650
     assert traffic.bytes(UPDATE, "up") == 4 * 12 * size
     assert traffic.bytes("model", "down") == 4 * 11 * size
-    assert traffic.bytes() == 4 * 23 * size
+    assert traffic.bytes() == 4 * 23 * size + 8 * 4 * 3
 
 
 def test_batch_statistics_are_sent_for_evaluations() -> None:
@@ -222,6 +334,9 @@ def test_batch_statistics_are_sent_for_evaluations() -> None:
     mean = torch.stack([tensors[name].double() for tensors in own]).mean(0).float()
     torch.testing.assert_close(buffers[name], mean, rtol=1e-6, atol=1e-7)
     assert not torch.equal(own[0][name], own[1][name])
+    # One pass an iteration: those at the weights of the last upload leave no trace.
+    counts = [t for n, t in own[0].items() if n.endswith("num_batches_tracked")]
+    assert [int(count) for count in counts] == [4] * 3
 
 
 # --- the threshold --------------------------------------------------------------------
@@ -229,9 +344,9 @@ def test_batch_statistics_are_sent_for_evaluations() -> None:
 
 @pytest.mark.parametrize(
     ("lag", "rates"),
-    [("1", [0.1, 0.1]), ("0", [0.05, 0.05]), ("0.5", [0.1, 0.05]), ("step", None)],
+    [("1", [0.1, 0.1]), ("0", [0.05, 0.05]), ("0.5", [0.1, 0.05])],
 )
-def test_threshold(lag: str, rates: list[float] | None) -> None:
+def test_threshold(lag: str, rates: list[float]) -> None:
     """In round 3 the rate falls from 0.1 to 0.05; its steps 0 and 2 are looked at."""
     training = prepare(
         settings_of(
@@ -243,9 +358,6 @@ def test_threshold(lag: str, rates: list[float] | None) -> None:
     for number in (1, 2):
         training.strategy.run_round(training.grid, number, 3)
     server = training.server
-    from masksl.runtime.round import Round
-    from masksl.training.schedule import Rates
-
     schedule = training.strategy.schedule
     round_ = Round(3, Rates(schedule, 0.1, 3, 3), [], training.strategy.clients)
     round_.steps = 4
@@ -253,9 +365,40 @@ def test_threshold(lag: str, rates: list[float] | None) -> None:
     assert len(history) == 2 and [past.rate for past in history] == [0.1, 0.1]
     total = sum(past.square for past in history)
     for i, step in enumerate((0, 2)):
-        rate = 0.1 if rates is None else rates[i]
         found = server._threshold(round_, step)  # pylint: disable=protected-access
-        assert found == pytest.approx(0.5 / (rate * 16) * total, rel=1e-12)
+        assert found == pytest.approx(0.5 / (rates[i] * 16) * total, rel=1e-12)
+
+
+def test_threshold_with_the_rate_of_each_step() -> None:
+    training = prepare(
+        settings_of(
+            *(*SMALL, "optimizer.lr=0.1", "schedule.name=multistep"),
+            *("schedule.gamma=0.5", "schedule.milestones=[1]", "method.history=6"),
+            *("method.threshold_lag=step", "rounds=2"),
+        )
+    )
+    for number in (1, 2):
+        training.strategy.run_round(training.grid, number, 2)
+    history = training.server.weights.history
+    assert [past.rate for past in history] == [0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
+    expected = 0.5 / 16 * sum(past.square / past.rate for past in history)
+    round_ = Round(2, Rates(training.strategy.schedule, 0.1, 2, 2), [], Any)  # type: ignore
+    found = training.server._threshold(round_, 3)  # pylint: disable=protected-access
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 500, 600])
+@pytest.mark.parametrize("lag", [0.1, 0.3, 0.7, 1.1, 2.5])
+def test_the_rate_is_late_by_as_many_steps(steps: int, lag: float) -> None:
+    """In one long run with a rate that halves after the second round."""
+    schedule = ScheduleConfig(name="multistep", milestones=(2,), gamma=0.5)
+    every = []
+    for number in range(1, 6):
+        round_ = Round(number, Rates(schedule, 1.0, number, 5), [], Any)  # type: ignore
+        round_.steps = steps
+        every += [_rate_before(round_, step, lag) for step in range(steps)]
+    late = 2 * steps + round(lag * steps)
+    assert every == [1.0] * late + [0.5] * (5 * steps - late)
 
 
 def test_the_first_iterations_have_no_threshold() -> None:
@@ -290,18 +433,21 @@ def test_a_sum_of_dense_uploads_is_refused() -> None:
         settings_of(*SMALL, *SGD, "method.down=sum")
 
 
-def test_a_worker_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = prepare(settings_of(*SMALL))
-    client = training.client(3)
-    real = client.setup.method.handlers["train.gradient"]
+@pytest.mark.parametrize(("kind", "step"), [(TRAIN, 2), (BUFFERS, 0)])
+@pytest.mark.parametrize("failing", [{3}, {0, 1, 2, 3}])
+def test_a_worker_that_fails_ends_the_run(
+    kind: str, step: int, failing: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = prepare(settings_of(*SMALL, "model.name=small_cnn"))
+    handlers: Any = training.client(3).setup.method.handlers
+    real = handlers[kind]
 
     def fail(client: Any, content: Any) -> Any:
-        if client.number == 3 and content[PLACE]["step"] == 2:
+        if client.number in failing and content[PLACE]["step"] == step:
             raise RuntimeError("the disk is on fire")
         return real(client, content)
 
-    handlers = client.setup.method.handlers
-    monkeypatch.setitem(handlers, "train.gradient", fail)  # type: ignore[arg-type]
+    monkeypatch.setitem(handlers, kind, fail)
     with pytest.raises(RunError, match=r"method=sasg needs every worker; client 3: .*"):
         training.strategy.run_round(training.grid, 1, 3)
 
@@ -310,5 +456,3 @@ def test_exact_gradients_that_are_not_finite_are_refused() -> None:
     layout = Layout.of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not finite"):
         layout.encode(torch.full((6,), torch.inf), EXACT, seed=0)
-    whole: Training = prepare(settings_of(*SMALL))
-    assert whole.server.weights.version == 0

@@ -48,6 +48,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     run_until(tmp_path / "second", 3, *SMALL, *options, resume)
     resume = f"resume={tmp_path}/second"
     assert run(tmp_path / "third", *SMALL, *options, resume) == expected
+    rows = results.read_rows(tmp_path / "whole")
+    adaptive = "method.adaptive=false" not in options
+    assert (sum(row["skips"] for row in rows) > 0) == adaptive
     same_tensors(tmp_path / "whole", tmp_path / "third")
 
 
