@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from masksl.codec import planes, topk, wire
-from masksl.codec.bits import BLOCK, chunks, spans
+from masksl.codec.bits import BLOCK, chunks, packed_size, spans
 from masksl.codec.gaps import encode_gaps, gap_blocks
 from masksl.codec.wire import FrameError
 
@@ -41,18 +41,28 @@ def write_positions(
         Whether the gaps between positions may be coded.
     """
     count = math.prod(shape)
-    mask = torch.zeros(count, dtype=torch.uint8, device=chosen.device)
-    mask[chosen] = 1
-    form, coded = planes.write_plane(mask, 1, shape, lossless)
-    size = len(coded) if isinstance(coded, bytes) else coded.numel()
+    best: tuple[int, wire.Part] | None = None
+    size = packed_size(count, 1)  # of the plane, which is made where it is needed
+    if lossless != "none":
+        best = _plane(chosen, shape, lossless)
+        size = len(best[1]) if isinstance(best[1], bytes) else best[1].numel()
     if 4 * chosen.numel() < size and count <= 2**31:
-        form, coded = _INDICES, chosen.to(torch.int32)
+        best = _INDICES, chosen.to(torch.int32)
         size = 4 * chosen.numel()
     if gaps:
-        coded_gaps = encode_gaps(chosen.cpu().numpy(), count)
-        if coded_gaps is not None and len(coded_gaps) < size:
-            form, coded = _GAPS, coded_gaps
-    return form, coded
+        coded = encode_gaps(chosen.cpu().numpy(), count)
+        if coded is not None and len(coded) < size:
+            best = _GAPS, coded
+    return best or _plane(chosen, shape, lossless)
+
+
+def _plane(
+    chosen: torch.Tensor, shape: tuple[int, ...], lossless: str
+) -> tuple[int, wire.Part]:
+    """Return form and bytes of the plane that has a bit for every element."""
+    mask = torch.zeros(math.prod(shape), dtype=torch.uint8, device=chosen.device)
+    mask[chosen] = 1
+    return planes.write_plane(mask, 1, shape, lossless)
 
 
 def read_positions(

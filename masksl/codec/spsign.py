@@ -47,9 +47,9 @@ class SignSparsification(Compressor):
     magnitudes : int
         Number of magnitudes: 1, 2 or 4.
     layout : str
-        ``auto``: positions are coded by the smallest of gaps, indices, and the
-        neighbours in the tensor; for the weights of a linear layer on square pictures
-        of one or three channels also by the neighbours in the picture. ``none``: by
+        ``auto``: positions are coded by gaps or indices, or by their neighbours where
+        that is smaller: in the kernels of a convolution, and in the pictures that a
+        linear layer sees, if these are squares of one or three channels. ``none``: by
         gaps or indices.
 
     References
@@ -91,16 +91,12 @@ class SignSparsification(Compressor):
 
     def _positions(self, chosen: Tensor, shape: Shape) -> tuple[int, int, wire.Part]:
         """Return the smallest form of the positions: picture or not, form, bytes."""
-        lossless = "context" if self.layout == "auto" else "none"
-        form, coded = positions.write_positions(chosen, shape, lossless, gaps=True)
-        picture = picture_of(shape)
-        if self.layout == "auto" and picture is not None:
-            mask = torch.zeros(math.prod(shape), dtype=torch.uint8)
-            mask[chosen.cpu()] = 1
-            other, plane = planes.write_plane(mask, 1, picture, "context")
-            if _size(plane) < _size(coded):
-                return 1, other, plane
-        return 0, form, coded
+        picture = picture_of(shape) if self.layout == "auto" else None
+        by = picture or shape
+        maps = self.layout == "auto" and len(by) == 4
+        lossless = "context" if maps else "none"
+        form, coded = positions.write_positions(chosen, by, lossless, gaps=True)
+        return int(picture is not None), form, coded
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -244,6 +240,3 @@ def _bits(magnitudes: int) -> int:
     """Return the bits of a symbol: sign and number of the magnitude."""
     return magnitudes.bit_length()
 
-
-def _size(part: wire.Part) -> int:
-    return len(part) if isinstance(part, bytes) else part.nbytes

@@ -26,6 +26,8 @@ from masksl.training.tensors import Tensors
 
 Shapes = dict[str, torch.Size]
 
+_BLOCK = 2**14  # elements that are squared together: 128 KiB in float64
+
 
 class _Nonzero(Sparsification):
     """Keeps the elements that are not zero, however many; its frames are those of sp.
@@ -213,9 +215,13 @@ def squared_norm(flat: torch.Tensor) -> float:
     On the CPU NumPy adds up, on one thread: the order of PyTorch's sums depends on the
     number of threads.
     """
-    if flat.device.type == "cpu":
-        return float(np.square(flat.numpy(), dtype=np.float64).sum())
-    return float(flat.double().square().sum())
+    if flat.device.type != "cpu":
+        return float(flat.double().square().sum())
+    elements, total = flat.numpy(), 0.0
+    for start in range(0, len(elements), _BLOCK):
+        block = elements[start : start + _BLOCK].astype(np.float64)
+        total += float(np.square(block, out=block).sum())
+    return total
 
 
 def join(vectors: Sequence[Vector]) -> Tensors:
