@@ -239,4 +239,3 @@ def picture_of(shape: Shape) -> Shape | None:
 def _bits(magnitudes: int) -> int:
     """Return the bits of a symbol: sign and number of the magnitude."""
     return magnitudes.bit_length()
-

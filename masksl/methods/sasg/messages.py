@@ -72,10 +72,10 @@ def senders_record(senders: Sequence[int], workers: int) -> ArrayRecord:
     return _record(np.packbits(flags, bitorder="little").tobytes())
 
 
-def relay_record(frames: Mapping[int, tuple[bytes, int]]) -> ArrayRecord:
-    """Return a record of other workers' frame-sets, with their dense bytes."""
+def relay_record(frames: Mapping[int, bytes], dense: int) -> ArrayRecord:
+    """Return a record of other workers' frame-sets, each of so many bytes if dense."""
     record = ArrayRecord()
-    for number, (data, dense) in sorted(frames.items()):
+    for number, data in sorted(frames.items()):
         record[str(number)] = Array(
             dtype="uint8", shape=(dense,), stype=FRAMES, data=data
         )

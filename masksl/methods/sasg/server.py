@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
@@ -37,8 +36,9 @@ from masksl.methods.sasg.messages import (
     senders_record,
     threshold_record,
 )
-from masksl.methods.sasg.vectors import Layout, Vector, digest, join, total_of
+from masksl.methods.sasg.vectors import Layout, digest, join
 from masksl.methods.sasg.weights import Past, Weights
+from masksl.methods.sasg.workers import Workers
 from masksl.runtime import messages
 from masksl.runtime.clients import UNKNOWN, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
@@ -49,28 +49,6 @@ from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
 from masksl.training.score import Score
 from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
-
-
-@dataclass
-class _Worker:
-    """What the server knows of a worker.
-
-    Attributes
-    ----------
-    data : bytes
-        Its last upload as it came, empty before the first one.
-    vector : Vector | None
-        What it decodes to.
-    since : int
-        Version of w at that upload.
-    skips : int
-        Iterations skipped, counted as the worker does.
-    """
-
-    data: bytes = b""
-    vector: Vector | None = None
-    since: int = 0
-    skips: int = 0
 
 
 @dataclass
@@ -111,7 +89,7 @@ class SasgServer(ServerMethod):
         tensors = tensors_of(module)
         flat = self.layout.flat(tensors)
         self.weights = Weights(flat, flat)
-        self.workers = [_Worker() for _ in range(self.run.clients)]
+        self.workers = Workers.of(self.run.clients)
         self.counts = _Counts()
         shapes = self.layout.shapes
         self.buffers = {
@@ -119,7 +97,6 @@ class SasgServer(ServerMethod):
         }
         chosen = compressor_of(settings, "compressor")
         self.compressor = chosen if config.is_sparse else EXACT
-        self.fresh: list[int] = []  # who uploaded in the last iteration
         self._label = f"compressor {self.compressor.name}"
         self._settings = settings
         self._encoded: tuple[int, ArrayRecord] | None = None
@@ -158,7 +135,7 @@ class SasgServer(ServerMethod):
             sent[client.number] = content
         replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
         self._need_all(round_, replies, step)
-        self.fresh = []
+        self.workers.fresh = []
         loss, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._label)):
@@ -210,7 +187,7 @@ class SasgServer(ServerMethod):
         worker.data = data
         worker.since = self.weights.version
         worker.skips = int(threshold is not None)
-        self.fresh.append(number)
+        self.workers.fresh.append(number)
         self.counts.uploads += 1
         self.counts.values += len(worker.vector.values)
 
@@ -226,12 +203,9 @@ class SasgServer(ServerMethod):
         """Subtract the sum of all last uploads from w."""
         if self.config.rule:
             self.weights.refer({worker.since for worker in self.workers})
-        if not self.weights.subtract(self._total(), lr, self.config.history):
+        total = self.workers.total(self.layout)
+        if not self.weights.subtract(total, lr, self.config.history):
             raise RunError(f"{round_.place(step)}: the step of w is not finite")
-
-    def _total(self) -> torch.Tensor:
-        vectors = [w.vector for w in self.workers if w.vector is not None]
-        return total_of(vectors, self.layout)
 
     # --- what comes down --------------------------------------------------------------
 
@@ -245,12 +219,10 @@ class SasgServer(ServerMethod):
             data = encode_set(self.layout.named(self.weights.flat))
             content[messages.MODEL] = messages.set_record(data, dense)
         if way == "relay":
-            others = [n for n in self.fresh if n != client.number]
-            dense = 4 * self.layout.elements
-            frames = {n: (self.workers[n].data, dense) for n in others}
-            content[SENDERS] = senders_record(others, len(self.workers))
-            if others:
-                content[UPDATE] = relay_record(frames)
+            frames = self.workers.fresh_but(client.number)
+            content[SENDERS] = senders_record(list(frames), len(self.workers))
+            if frames:
+                content[UPDATE] = relay_record(frames, 4 * self.layout.elements)
         else:
             content[messages.MODEL if way == "dense" else UPDATE] = self._record()
         client.version = self.weights.version
@@ -262,7 +234,8 @@ class SasgServer(ServerMethod):
             if self.config.way_down == "dense":
                 data = encode_set(self.layout.named(self.weights.flat))
             else:
-                data = self.layout.encode_nonzero(self._total())
+                total = self.workers.total(self.layout)
+                data = self.layout.encode_nonzero(total)
             self._encoded = self.weights.version, messages.set_record(data, dense)
         return self._encoded[1]
 
@@ -298,25 +271,20 @@ class SasgServer(ServerMethod):
 
     def state(self) -> State:
         """Return w, what workers refer to, and their last uploads."""
+        uploads, workers = self.workers.state()
         groups = {
             "model": copies(self.layout.named(self.weights.flat) | self.buffers),
             "previous": {FLAT: self.weights.previous.clone()},
             REFERENCE: {
                 str(v): flat.clone() for v, flat in self.weights.references.items()
             },
-            UPDATE: {
-                str(number): torch.from_numpy(
-                    np.frombuffer(worker.data, np.uint8).copy()
-                )
-                for number, worker in enumerate(self.workers)
-                if worker.data
-            },
+            UPDATE: uploads,
         }
         facts = {
             "version": self.weights.version,
-            "fresh": list(self.fresh),
+            "fresh": list(self.workers.fresh),
             "history": [list(past) for past in self.weights.history],
-            "workers": [[worker.since, worker.skips] for worker in self.workers],
+            "workers": [list(own) for own in workers],
         }
         return State(grouped(groups), facts)
 
@@ -333,12 +301,8 @@ class SasgServer(ServerMethod):
             {int(v): t.to(device, copy=True) for v, t in references},
         )
         self.buffers = {name: model[name] for name in self.buffers}
-        self.fresh = list(facts["fresh"])
-        self.workers = [_Worker(since=s, skips=n) for s, n in facts["workers"]]
-        for number, data in group(tensors, UPDATE).items():
-            worker = self.workers[int(number)]
-            worker.data = data.cpu().numpy().tobytes()
-            worker.vector = self.layout.decode_vector(worker.data, self.compressor)
+        uploads, own = group(tensors, UPDATE), (self.layout, self.compressor)
+        self.workers = Workers.restored(uploads, facts["workers"], facts["fresh"], *own)
         self._encoded = None
 
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
@@ -359,8 +323,7 @@ class SasgServer(ServerMethod):
             groups[REFERENCE] = {FLAT: self.weights.references[worker.since]}
             groups[SKIPS] = {"number": torch.tensor(worker.skips)}
         if way == "relay":
-            vectors = [each.vector for each in self.workers]
-            groups[VECTORS] = join([each for each in vectors if each is not None])
+            groups[VECTORS] = join(self.workers.vectors)
         return {
             messages.STATE + name: messages.state_record(tensors)
             for name, tensors in groups.items()

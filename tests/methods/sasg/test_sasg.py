@@ -304,7 +304,7 @@ def test_bytes_by_hand() -> None:
     assert traffic.bytes(UPDATE, "up") == uploads * one
     assert traffic.bytes(SKIP, "up") == skips
     assert traffic.bytes(THRESHOLD, "down") == 8 * 4 * (12 - 3)
-    last = len(training.server.fresh)
+    last = len(training.server.workers.fresh)
     assert traffic.bytes(UPDATE, "down") == 3 * (uploads - last) * one
     assert traffic.bytes("senders", "down") == 4 * 11
     kinds = [(UPDATE, "up"), (SKIP, "up"), (THRESHOLD, "down"), (UPDATE, "down")]
