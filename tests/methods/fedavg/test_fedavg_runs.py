@@ -51,6 +51,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     same_tensors(tmp_path / "whole", tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_lost_hosts_change_nothing(order: Path, tmp_path: Path) -> None:
     """They are lost while they train in two rounds, and evaluate in one."""
     places = ("train.local 1 3", "evaluate.local 2 0", "train.local 3 2")

@@ -198,7 +198,10 @@ def test_what_is_not_sent_is_remembered(values: str) -> None:
     [
         (),
         ("compressor=ec", "compressor.error=0.3"),
-        ("compressor=spsign", "compressor.sparsity=0.9", "model.name=small_cnn"),
+        ("compressor=spsign", "compressor.sparsity=0.9"),
+        pytest.param(
+            ("compressor=spsign", "model.name=small_cnn"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -38,7 +38,14 @@ def same_tensors(one: Path, other: Path) -> None:
     assert facts["versions"] == others["versions"] == [15] * 4
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+QUICK = (0, 1, 3)  # of these options; the others are slow
+SOME = [
+    pytest.param(options, marks=() if number in QUICK else pytest.mark.slow)
+    for number, options in enumerate(OPTIONS)
+]
+
+
+@pytest.mark.parametrize("options", SOME, ids=str)
 def test_a_resumed_run_equals_an_undisturbed_one(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
