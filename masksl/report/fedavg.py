@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masksl.report.cells import NONE, ORDER, check_settings, display_name, rank
+from masksl.report.cells import NONE, ORDER, display_name, rank
+from masksl.report.lines import check_lines, results_of
 from masksl.report.tables import (
     MISSING,
     ReportError,
@@ -76,6 +77,11 @@ class _Run:
     settings: Mapping[str, Any]
 
     @property
+    def title(self) -> str:
+        """What it is called in error lines."""
+        return f"{self.place.task}, {self.place.partition}, {self.compressor}"
+
+    @property
     def last(self) -> float:
         """Top-1 accuracy after the last round."""
         return self.rows[-1]["top1"]
@@ -118,21 +124,12 @@ def fedavg(folder: Path) -> dict[str, str]:
 
 def _read(folder: Path) -> _Lines:
     """Return the runs by place and compressor, in the order of the table."""
-    found = [results.read_result(path) for path in results.finished_runs(folder)]
-    runs = [_run_of(result) for result in found if result.summary["method"] == METHOD]
-    if not runs:
-        raise ReportError(f"no {results.SUMMARY} of method={METHOD} below {folder}")
+    runs = [_run_of(result) for result in results_of(folder, METHOD)]
     lines: dict[_Place, dict[str, list[_Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.place, _rank(run), run.seed)):
         lines[run.place][run.compressor].append(run)
     for by_name in lines.values():
-        first = next(iter(by_name.values()))[0]
-        for several in by_name.values():
-            _check(first, several[0], _COMPRESSION)
-            for before, run in zip(several, several[1:], strict=False):
-                _check(before, run, ())
-                if before.seed == run.seed:
-                    raise ReportError(f"seed={run.seed}: 2 runs of {_named(run)}")
+        check_lines(by_name, _COMPRESSION)
     return lines
 
 
@@ -156,16 +153,6 @@ def _run_of(result: results.Result) -> _Run:
         rows=result.rows,
         settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
     )
-
-
-def _check(a: _Run, b: _Run, free: tuple[str, ...]) -> None:
-    """Raise `ReportError` if runs differ in more than keys of some prefixes."""
-    what = f"runs of {_named(a)} and {_named(b)}"
-    check_settings(a.settings, b.settings, free, what)
-
-
-def _named(run: _Run) -> str:
-    return f"{run.place.task}, {run.place.partition}, {run.compressor}"
 
 
 def _table(lines: _Lines) -> str:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from masksl.report.cells import check_settings, display_name
+from masksl.report.cells import display_name
+from masksl.report.lines import check_lines, results_of
 from masksl.report.tables import (
     MISSING,
     ReportError,
@@ -99,6 +100,11 @@ class _Run:
     settings: Mapping[str, Any]
 
     @property
+    def title(self) -> str:
+        """What it is called in error lines."""
+        return f"{self.task}, {self.name}"
+
+    @property
     def reached(self) -> Point | None:
         """The first evaluation that exceeds the target, None if there is none."""
         above = (point for point in self.points if point.metric > self.target)
@@ -147,34 +153,18 @@ def uploads(folder: Path) -> dict[str, str]:
 
 def _read(folder: Path) -> _Lines:
     """Return the runs by task and name, in the order of the table."""
-    found = [results.read_result(path) for path in results.finished_runs(folder)]
-    runs = [_run_of(result) for result in found if result.summary["method"] == METHOD]
-    if not runs:
-        raise ReportError(f"no {results.SUMMARY} of method={METHOD} below {folder}")
+    runs = [_run_of(result) for result in results_of(folder, METHOD)]
     lines: _Lines = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.task, *_rank(run), run.seed)):
         lines[run.task][run.name].append(run)
     for by_name in lines.values():
-        first = next(iter(by_name.values()))[0]
-        for several in by_name.values():
-            _check(first, several[0], _METHOD)
-            for before, run in zip(several, several[1:], strict=False):
-                _check(before, run, ())
-                if before.seed == run.seed:
-                    named = f"{run.task}, {run.name}"
-                    raise ReportError(f"seed={run.seed}: 2 runs of {named}")
+        check_lines(by_name, _METHOD)
     return lines
 
 
 def _rank(run: _Run) -> tuple[int, str]:
     names = list(NAMES.values())
     return names.index(run.name.split(",")[0]), run.name
-
-
-def _check(a: _Run, b: _Run, free: tuple[str, ...]) -> None:
-    """Raise `ReportError` if runs differ in more than keys of some prefixes."""
-    what = f"runs of {a.task}, {a.name} and {b.name}"
-    check_settings(a.settings, b.settings, free, what)
 
 
 def _run_of(result: results.Result) -> _Run:

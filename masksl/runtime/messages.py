@@ -58,7 +58,7 @@ def failure(reason: object) -> RecordDict:
 
 
 # The properties `array_records` and the like of Flower's RecordDict (1.41) copy all
-# records at each use, which takes as long as a small exchange; these look at one.
+# records at each use; these look at one.
 
 
 def arrays_of(content: RecordDict, kind: str) -> ArrayRecord | None:

@@ -124,9 +124,8 @@ class SasgServer(ServerMethod):
         lr, threshold = round_.lr_at(step), self._threshold(round_, step)
         sent = {}
         for client in round_.clients:
-            place = {"round": round_.number, "step": step, "lr": lr}
-            place["iteration"] = self.weights.version
-            content = RecordDict({messages.PLACE: ConfigRecord(place)})  # type: ignore
+            place: dict[str, Any] = {"round": round_.number, "step": step, "lr": lr}
+            content = RecordDict({messages.PLACE: ConfigRecord(place)})
             with ends_run(round_.place(step, client.number, "w")):
                 with round_.watch("codec"):
                     self._attach(content, client)
@@ -135,13 +134,13 @@ class SasgServer(ServerMethod):
             sent[client.number] = content
         replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
         self._need_all(round_, replies, step)
+        if not step:
+            self._compare(round_, replies)
         self.workers.fresh = []
         loss, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._label)):
                 with round_.watch("codec"):
-                    if not step:
-                        self._compare(round_.manager.clients[number], content)
                     self._take(number, content, threshold)
             metrics = metrics_of(content)
             round_.add_loss(metrics["loss"], metrics["samples"])
@@ -191,13 +190,16 @@ class SasgServer(ServerMethod):
         self.counts.uploads += 1
         self.counts.values += len(worker.vector.values)
 
-    def _compare(self, client: ClientInfo, content: RecordDict) -> None:
-        """Compare a worker's w with the server's; one that differs gets it in full.
+    def _compare(self, round_: Round, replies: Mapping[int, RecordDict]) -> None:
+        """Compare the workers' w with the server's; one that differs gets it in full.
 
         Processors may differ in what both sides compute from the seed.
         """
-        if digest_of(content) != digest(self.weights.flat):
-            client.version = UNKNOWN
+        own = digest(self.weights.flat)
+        for number, content in replies.items():
+            with ends_run(round_.place(0, number, "digest")):
+                if digest_of(content) != own:
+                    round_.manager.clients[number].version = UNKNOWN
 
     def _move(self, round_: Round, step: int, lr: float) -> None:
         """Subtract the sum of all last uploads from w."""

@@ -164,7 +164,7 @@ def test_a_worker_that_has_nothing_new_skips() -> None:
 
 
 def message(round_: int, step: int, threshold: float | None) -> Any:
-    place = {"round": round_, "step": step, "lr": 0.05, "iteration": 4}
+    place = {"round": round_, "step": step, "lr": 0.05}
     content = RecordDict({PLACE: ConfigRecord(place)})  # type: ignore[arg-type]
     if threshold is not None:
         content[THRESHOLD] = threshold_record(threshold)
@@ -385,7 +385,8 @@ def test_threshold_with_the_rate_of_each_step() -> None:
     history = training.server.weights.history
     assert [past.rate for past in history] == [0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
     expected = 0.5 / 16 * sum(past.square / past.rate for past in history)
-    round_ = Round(2, Rates(training.strategy.schedule, 0.1, 2, 2), [], Any)  # type: ignore
+    rates = Rates(training.strategy.schedule, 0.1, 2, 2)
+    round_ = Round(2, rates, [], training.strategy.clients)
     found = training.server._threshold(round_, 3)  # pylint: disable=protected-access
     assert found == pytest.approx(expected, rel=1e-12)
 
@@ -395,9 +396,10 @@ def test_threshold_with_the_rate_of_each_step() -> None:
 def test_the_rate_is_late_by_as_many_steps(steps: int, lag: float) -> None:
     """In one long run with a rate that halves after the second round."""
     schedule = ScheduleConfig(name="multistep", milestones=(2,), gamma=0.5)
+    manager = prepare(settings_of(*SMALL)).strategy.clients
     every = []
     for number in range(1, 6):
-        round_ = Round(number, Rates(schedule, 1.0, number, 5), [], Any)  # type: ignore
+        round_ = Round(number, Rates(schedule, 1.0, number, 5), [], manager)
         round_.steps = steps
         every += [_rate_before(round_, step, lag) for step in range(steps)]
     late = 2 * steps + round(lag * steps)
