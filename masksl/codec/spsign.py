@@ -7,6 +7,7 @@ are sent are nearly equal in magnitude.
 import math
 import struct
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -152,9 +153,14 @@ class _Values:
         self._dtype = header.dtype
         levels = torch.stack([centroids, -centroids], 1).view(-1)
         self._levels = wire.to_device(levels, device)
-        self._packed = wire.to_tensor(symbols, torch.uint8, device)
+        self._symbols, self._device = symbols, device
         self._bits = _bits(len(centroids))
         self.count = count
+
+    @cached_property
+    def _packed(self) -> Tensor:
+        """Copy the symbols, once positions have been found to be readable."""
+        return wire.to_tensor(self._symbols, torch.uint8, self._device)
 
     def part(self, start: int, stop: int) -> Tensor:
         """Return values, shape (stop - start,), of the type of the frame's tensor."""
