@@ -1,5 +1,6 @@
 """A network, or a part of one, with tensors of its own."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -234,14 +235,15 @@ class LocalNetwork:
             The mean cross-entropy; the gradient of every parameter by name, None if the
             loss is not finite.
         """
-        logits = self.forward(images, seed=seed).requires_grad_(True)
-        with self._compute():
-            loss = mean_loss(logits, labels, smoothing)
-            (gradient,) = torch.autograd.grad(loss, logits)
-        if not loss.isfinite():
-            self._output = None
-            return loss.item(), None
-        return loss.item(), self.backward(gradient)
+        self._module.train()
+        with self._compute(seed):
+            loss = mean_loss(self._run(images), labels, smoothing)
+            value = loss.item()
+            if not math.isfinite(value):
+                return value, None
+            parameters = [self.tensors[name] for name in self._names]
+            gradients = torch.autograd.grad(loss, parameters)
+        return value, dict(zip(self._names, gradients, strict=True))
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Return the output for images in evaluation mode; nothing changes."""

@@ -1,5 +1,6 @@
 """Tensors by name."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +18,19 @@ def tensors_of(module: nn.Module) -> Tensors:
 def copies(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Return detached copies of tensors by name."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no element of a tensor is infinite or NaN.
+
+    A finite sum has finite terms alone, and takes the least time. If it is not, finite
+    terms may have added up to infinity.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if math.isfinite(tensor.sum()):
+        return True
+    return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 
 def group(tensors: Mapping[str, torch.Tensor], name: str) -> Tensors:

@@ -25,7 +25,7 @@ from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
 from masksl.training.score import Score
-from masksl.training.tensors import Tensors, average, grouped, tensors_of
+from masksl.training.tensors import Tensors, all_finite, average, grouped, tensors_of
 
 
 class FedAvgServer(ServerMethod):
@@ -105,7 +105,7 @@ class FedAvgServer(ServerMethod):
         with round_.watch("server"):
             mean = average(models, weights, torch.float64)
             tensors = self._moved(mean)
-            if not all(map(_is_finite, tensors.values())):
+            if not all(map(all_finite, tensors.values())):
                 place = f"round {round_.number}, averaged model"
                 raise RunError(f"{place}: not finite")
         seed = round_.seed("compress.model")
@@ -210,7 +210,3 @@ def _uploads(traffic: Traffic) -> tuple[int, int]:
     where = ("up", "training")
     sent = sum(traffic.bytes(kind, *where) for kind in kinds)
     return sent, sum(traffic.dense(kind, *where) for kind in kinds)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

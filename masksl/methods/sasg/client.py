@@ -25,13 +25,14 @@ from masksl.methods.sasg.messages import (
     skip_record,
     threshold_of,
 )
+from masksl.methods.sasg.selection import NONZERO
 from masksl.methods.sasg.vectors import (
     Layout,
     Vector,
     digest,
     join,
     split,
-    squared_norm,
+    squared_distance,
     total_of,
 )
 from masksl.runtime import messages
@@ -70,6 +71,22 @@ class _Step(NamedTuple):
     vectors: Tensors
 
 
+class _Moved(NamedTuple):
+    """A step of w that a sum brought, for the other workers of the process.
+
+    Parameters
+    ----------
+    record : object
+        The record with the sum.
+    before, after : torch.Tensor
+        w before and after it.
+    """
+
+    record: object
+    before: torch.Tensor
+    after: torch.Tensor
+
+
 @dataclass
 class _Shared:
     """What the workers of a process share under one configuration.
@@ -80,7 +97,8 @@ class _Shared:
     layout: Layout
     compressor: Compressor
     initial: torch.Tensor
-    received: tuple[object, torch.Tensor] | None = None  # a record, what it decodes to
+    model: tuple[object, torch.Tensor] | None = None  # a record, what it decodes to
+    moved: _Moved | None = None
     uploads: dict[int, tuple[bytes, Vector]] = field(default_factory=dict)
     step: _Step | None = None
 
@@ -107,7 +125,7 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
         skipped = False
         if threshold is not None and skips <= config.delay:
             _, before, _ = pass_.gradient(state[REFERENCE][FLAT])
-            skipped = squared_norm(fresh - before) <= threshold
+            skipped = squared_distance(fresh, before) <= threshold
     if buffers:
         state[BUFFER_STATE] = buffers
     reply = RecordDict()
@@ -118,7 +136,7 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
         _set_skips(client, skips + 1)
     else:
         with client.watch("codec"):
-            data = _upload(client, content, place["lr"] * fresh)
+            data = _upload(client, content, place["lr"], fresh)
         reply[UPDATE] = messages.set_record(data, 4 * shared.layout.elements)
         if config.rule:
             state[REFERENCE] = {FLAT: weights}
@@ -175,8 +193,8 @@ class _Pass:
         """Samples of the mini-batch."""
         return len(self._batch[1])
 
-    def gradient(self, weights: torch.Tensor) -> tuple[float, torch.Tensor, Tensors]:
-        """Return the loss, its gradient (d,), and the buffers after the pass.
+    def gradient(self, weights: torch.Tensor) -> tuple[float, Tensors, Tensors]:
+        """Return the loss, its gradient by name, and the buffers after the pass.
 
         Raises
         ------
@@ -194,23 +212,27 @@ class _Pass:
         )
         if gradients is None:
             raise NotFiniteError("loss not finite")
-        return loss, layout.flat(gradients), network.buffers
+        return loss, gradients, network.buffers
 
 
 # --- what goes up ---------------------------------------------------------------------
 
 
-def _upload(client: Client, content: RecordDict, change: torch.Tensor) -> bytes:
+def _upload(
+    client: Client, content: RecordDict, rate: float, gradient_: Tensors
+) -> bytes:
     """Encode a change of w, and remember what the encoding loses."""
     config, shared, state = _config(client), _shared(client), client.state
     layout = shared.layout
+    change = layout.scaled(gradient_, rate)
     if config.is_sparse and MEMORY in state:
-        change = change + state[MEMORY][FLAT]
+        change += state[MEMORY][FLAT]
     seed = client.seed("compress", place_of(content))
     data = layout.encode(change, shared.compressor, seed=seed)
     if config.is_sparse:
         vector = layout.decode_vector(data, shared.compressor)
-        state[MEMORY] = {FLAT: vector.taken_from(change)}
+        vector.take_from(change)
+        state[MEMORY] = {FLAT: change}
         if config.way_down == "relay":
             shared.uploads[client.number] = data, vector
             frame = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
@@ -229,21 +251,33 @@ def _receive(client: Client, content: RecordDict) -> torch.Tensor:
     if SENDERS in content:
         weights = _relay(client, content, weights)
     elif UPDATE in content:
-        weights = weights - _decoded(client, content, UPDATE)
+        weights = _moved(client, content, weights)
     if messages.MODEL in content:
-        weights = _decoded(client, content, messages.MODEL)
+        weights = _model(client, content)
     if weights is not before:
         state[WEIGHTS] = {FLAT: weights}
     return weights
 
 
-def _decoded(client: Client, content: RecordDict, kind: str) -> torch.Tensor:
-    """Return the vector of a record, which is decoded once in a process."""
-    shared, record = _shared(client), content[kind]
-    if shared.received is None or shared.received[0] is not record:
-        data = messages.set_of(content, kind)
-        shared.received = record, shared.layout.decode(data)
-    return shared.received[1]
+def _model(client: Client, content: RecordDict) -> torch.Tensor:
+    """Return the w of a message, which is decoded once in a process."""
+    shared, record = _shared(client), content[messages.MODEL]
+    if shared.model is None or shared.model[0] is not record:
+        data = messages.set_of(content)
+        shared.model = record, shared.layout.decode(data, EXACT)
+    return shared.model[1]
+
+
+def _moved(client: Client, content: RecordDict, weights: torch.Tensor) -> torch.Tensor:
+    """Return w after an iteration whose sum came, computed once in a process."""
+    shared, record = _shared(client), content[UPDATE]
+    step = shared.moved
+    if step is None or step.record is not record or not _same(step.before, weights):
+        data = messages.set_of(content, UPDATE)
+        after = weights.clone()
+        shared.layout.decode_vector(data, NONZERO).take_from(after)
+        step = shared.moved = _Moved(record, weights, after)
+    return step.after
 
 
 def _relay(client: Client, content: RecordDict, weights: torch.Tensor) -> torch.Tensor:

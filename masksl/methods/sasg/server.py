@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
-from masksl.compress import FrameError, encode_set
+from masksl.compress import FrameError
 from masksl.dataset import batches
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
@@ -36,6 +36,7 @@ from masksl.methods.sasg.messages import (
     senders_record,
     threshold_record,
 )
+from masksl.methods.sasg.selection import NONZERO
 from masksl.methods.sasg.vectors import Layout, digest, join
 from masksl.methods.sasg.weights import Past, Weights
 from masksl.methods.sasg.workers import Workers
@@ -218,7 +219,7 @@ class SasgServer(ServerMethod):
         way = self.config.way_down
         if client.version == UNKNOWN and way != "dense":
             dense = 4 * self.layout.elements
-            data = encode_set(self.layout.named(self.weights.flat))
+            data = self.layout.encode(self.weights.flat, EXACT, seed=0)
             content[messages.MODEL] = messages.set_record(data, dense)
         if way == "relay":
             frames = self.workers.fresh_but(client.number)
@@ -234,10 +235,10 @@ class SasgServer(ServerMethod):
         if self._encoded is None or self._encoded[0] != self.weights.version:
             dense = 4 * self.layout.elements
             if self.config.way_down == "dense":
-                data = encode_set(self.layout.named(self.weights.flat))
+                data = self.layout.encode(self.weights.flat, EXACT, seed=0)
             else:
                 total = self.workers.total(self.layout)
-                data = self.layout.encode_nonzero(total)
+                data = self.layout.encode(total, NONZERO, seed=0)
             self._encoded = self.weights.version, messages.set_record(data, dense)
         return self._encoded[1]
 

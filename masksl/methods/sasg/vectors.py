@@ -15,36 +15,19 @@ from masksl.compress import (
     Compressor,
     FrameError,
     NotFiniteError,
-    Sparsification,
     decode_set,
     decode_set_sparse,
     encode_set,
     has_positions,
 )
+from masksl.methods.sasg.selection import joined_selection
 from masksl.runtime.compressors import EXACT
-from masksl.training.tensors import Tensors
+from masksl.training.tensors import Tensors, all_finite
 
 Shapes = dict[str, torch.Size]
 
+_ALL = "parameters"  # the whole vector as one tensor
 _BLOCK = 2**14  # elements that are squared together: 128 KiB in float64
-
-
-class _Nonzero(Sparsification):
-    """Keeps the elements that are not zero, however many; its frames are those of sp.
-
-    The first element is kept where there is none.
-    """
-
-    def select(
-        self, magnitude: torch.Tensor, k: int, *, seed: int, training: bool
-    ) -> torch.Tensor:
-        """Return the positions of the elements that are not zero."""
-        del k, seed, training
-        found = magnitude.view(-1).nonzero().view(-1)
-        return found if len(found) else found.new_zeros(1)
-
-
-_NONZERO = _Nonzero(positions="auto")
 
 
 class Vector(NamedTuple):
@@ -76,11 +59,9 @@ class Vector(NamedTuple):
         else:  # no position comes twice, so the order of additions is fixed
             total.index_add_(0, self.positions, self.values)
 
-    def taken_from(self, total: torch.Tensor) -> torch.Tensor:
-        """Return a dense vector minus this one."""
-        left = total.clone()
-        Vector(self.positions, -self.values).add_to(left)
-        return left
+    def take_from(self, total: torch.Tensor) -> None:
+        """Subtract it from a dense vector, float32, shape (d,)."""
+        Vector(self.positions, -self.values).add_to(total)
 
 
 @dataclass(frozen=True)
@@ -125,6 +106,13 @@ class Layout:
         """Return the vector of tensors by name, a copy."""
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
 
+    def scaled(self, tensors: Mapping[str, torch.Tensor], rate: float) -> torch.Tensor:
+        """Return the vector of tensors by name, multiplied by a number."""
+        flat = torch.empty(self.elements, device=self.device)
+        for name, own in self.named(flat).items():
+            torch.mul(tensors[name], rate, out=own)
+        return flat
+
     def zeros(self) -> torch.Tensor:
         """Return a vector of zeros, float32, shape (d,)."""
         return torch.zeros(self.elements, device=self.device)
@@ -132,26 +120,35 @@ class Layout:
     # --- what is sent -----------------------------------------------------------------
 
     def encode(self, flat: torch.Tensor, compressor: Compressor, *, seed: int) -> bytes:
-        """Encode a vector as one frame-set, compressed tensor by tensor.
+        """Encode a vector as one frame-set.
+
+        A compressor works tensor by tensor.
 
         Raises
         ------
         NotFiniteError
-            If a tensor has values that are not finite.
+            If it has values that are not finite.
         """
         if compressor == EXACT:
-            if not flat.isfinite().all():
-                raise NotFiniteError("gradient not finite")
-            return encode_set(self.named(flat))
+            if not all_finite(flat):
+                raise NotFiniteError("values not finite")
+            return encode_set({_ALL: flat})
+        joined = joined_selection(compressor, self.sizes)
+        if joined is not None:
+            return encode_set({_ALL: flat}, joined)
         return encode_set(self.named(flat), compressor, seed=seed)
 
-    def encode_nonzero(self, flat: torch.Tensor) -> bytes:
-        """Encode the elements of a vector that are not zero as one frame-set."""
-        return encode_set(self.named(flat), _NONZERO)
+    def decode(self, data: bytes, compressor: Compressor) -> torch.Tensor:
+        """Decode what `encode` returned to a vector, float32, shape (d,).
 
-    def decode(self, data: bytes) -> torch.Tensor:
-        """Decode a frame-set to a vector, float32, shape (d,); raises `FrameError`."""
-        return self.flat(decode_set(data, self._like))
+        Raises
+        ------
+        FrameError
+            If the frame-set is broken.
+        """
+        like = self._like(compressor)
+        found = decode_set(data, like)
+        return found[_ALL] if _ALL in like else self.flat(found)
 
     def decode_vector(self, data: bytes, compressor: Compressor) -> Vector:
         """Decode an upload.
@@ -164,21 +161,24 @@ class Layout:
             If the frame-set is broken, or has values that are not finite.
         """
         if compressor == EXACT:
-            vector = Vector(None, self.decode(data))
+            vector = Vector(None, self.decode(data, compressor))
         elif has_positions(compressor.name):
-            vector = self._sparse(data)
+            vector = self._sparse(data, compressor)
         else:
-            flat = self.decode(data)
+            flat = self.decode(data, compressor)
             positions = flat.nonzero().view(-1)
             vector = Vector(positions, flat[positions])
-        if not vector.values.isfinite().all():
+        if not all_finite(vector.values):
             raise FrameError("update not finite")
         return vector
 
-    def _sparse(self, data: bytes) -> Vector:
-        found = decode_set_sparse(data, self._like)
-        if found.keys() != self.shapes.keys():
+    def _sparse(self, data: bytes, compressor: Compressor) -> Vector:
+        like = self._like(compressor)
+        found = decode_set_sparse(data, like)
+        if found.keys() != like.keys():
             raise FrameError("update without all parameters")
+        if _ALL in found:
+            return Vector(*found[_ALL])
         positions, values, start = [], [], 0
         for (own, kept), size in zip(found.values(), self.sizes, strict=True):
             positions.append(own + start)
@@ -186,10 +186,11 @@ class Layout:
             start += size
         return Vector(torch.cat(positions), torch.cat(values))
 
-    @cached_property
-    def _like(self) -> Tensors:
-        """Tensors of the parameters' dtype and shapes, without memory of their own."""
+    def _like(self, compressor: Compressor) -> Tensors:
+        """Return tensors of the dtype and shapes that are sent, without memory."""
         one = torch.empty((), device=self.device)
+        if compressor == EXACT or joined_selection(compressor, self.sizes) is not None:
+            return {_ALL: one.expand(self.elements)}
         return {name: one.expand(shape) for name, shape in self.shapes.items()}
 
 
@@ -209,19 +210,38 @@ def digest(flat: torch.Tensor) -> int:
     return xxhash.xxh3_64_intdigest(flat.cpu().numpy())
 
 
-def squared_norm(flat: torch.Tensor) -> float:
-    """Return the squared norm of a vector, computed in float64.
+def squared_norm(flat: torch.Tensor, minus: torch.Tensor | None = None) -> float:
+    """Return the squared norm of a vector, or of a difference, in float64.
 
     On the CPU NumPy adds up, on one thread: the order of PyTorch's sums depends on the
     number of threads.
+
+    Parameters
+    ----------
+    flat : torch.Tensor
+        float32, shape (d,).
+    minus : torch.Tensor | None
+        Subtracted from it in float32, if given.
     """
     if flat.device.type != "cpu":
-        return float(flat.double().square().sum())
-    elements, total = flat.numpy(), 0.0
+        change = flat if minus is None else flat - minus
+        return float(change.double().square().sum())
+    total, elements = 0.0, flat.numpy()
     for start in range(0, len(elements), _BLOCK):
-        block = elements[start : start + _BLOCK].astype(np.float64)
-        total += float(np.square(block, out=block).sum())
+        block = elements[start : start + _BLOCK]
+        if minus is not None:
+            block = block - minus[start : start + _BLOCK].numpy()
+        wide = block.astype(np.float64)
+        total += float(np.square(wide, out=wide).sum())
     return total
+
+
+def squared_distance(ones: Tensors, others: Tensors) -> float:
+    """Return the squared norm of the difference of tensors by name, in float64."""
+    return sum(
+        squared_norm(one.reshape(-1), others[name].reshape(-1))
+        for name, one in ones.items()
+    )
 
 
 def join(vectors: Sequence[Vector]) -> Tensors:
