@@ -198,17 +198,45 @@ def _lenet(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*hidden), nn.Sequential(nn.Linear(64, classes))]
 
 
-def _mlp(width: int) -> Callable[[int, int], Units]:
-    """Return the constructor of a network for 28x28 with one hidden layer."""
+def _mlp(*widths: int, size: int = 28) -> Callable[[int, int], Units]:
+    """Return the constructor of a network with hidden layers for images of a size."""
 
     def build_mlp(classes: int, channels: int) -> Units:
-        hidden = nn.Linear(28 * 28 * channels, width)
-        return [
-            nn.Sequential(nn.Flatten(), hidden, nn.ReLU(inplace=True)),
-            nn.Linear(width, classes),
+        units: Units = [
+            nn.Sequential(nn.Linear(before, after), nn.ReLU(inplace=True))
+            for before, after in pairwise([size**2 * channels, *widths])
         ]
+        units[0] = nn.Sequential(nn.Flatten(), *units[0])
+        return [*units, nn.Linear(widths[-1], classes)]
 
     return build_mlp
+
+
+def _conv(*widths: int, hidden: int = 256) -> Callable[[int, int], Units]:
+    """Return the constructor of a plain convolutional network without normalisation.
+
+    Two 3x3 convolutions of every width, each pair with a pooling, and three layers:
+    Conv-4 to Conv-10 of the lottery-ticket literature (Frankle and Carbin, 2019). One
+    channel means images of 28x28, three of 32x32.
+    """
+
+    def build_conv(classes: int, channels: int) -> Units:
+        size, before, units = 28 if channels == 1 else 32, channels, []
+        for width in widths:
+            for inputs in (before, width):
+                conv = nn.Conv2d(inputs, width, 3, padding=1)
+                units.append([conv, nn.ReLU(inplace=True)])
+            units[-1].append(nn.MaxPool2d(2))
+            size, before = size // 2, width
+        flat = nn.Linear(before * size**2, hidden)
+        units += [
+            [nn.Flatten(), flat, nn.ReLU(inplace=True)],
+            [nn.Linear(hidden, hidden), nn.ReLU(inplace=True)],
+        ]
+        head = nn.Linear(hidden, classes)
+        return [*(nn.Sequential(*layers) for layers in units), head]
+
+    return build_conv
 
 
 _VGG19_LAYERS: list[int | str] = [
@@ -378,6 +406,12 @@ def _resnet34_64(classes: int, channels: int) -> Units:
     return _resnet_units(resnet34(num_classes=classes), _small_stem())
 
 
+def _plain(constructor: Callable[[int, int], Units], units: int) -> Architecture:
+    """Return the description of a plain convolutional network."""
+    cuts = {"shallow": 2, "medium": 4, "deep": units - 3}
+    return Architecture(constructor, units, cuts, (28, 32), (1, 3))
+
+
 _RESNET34_CUTS = {"shallow": 2, "medium": 8, "deep": 14}
 
 ARCHITECTURES = {
@@ -387,8 +421,23 @@ ARCHITECTURES = {
     "lenet": Architecture(
         _lenet, 4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)
     ),
+    "mlp_digits": Architecture(
+        _mlp(200, 100, size=8), 3, {"shallow": 1, "medium": 2}, (8,), (1,)
+    ),
     "mlp_128": Architecture(_mlp(128), 2, {"shallow": 1}, (28,), (1,)),
     "mlp_512": Architecture(_mlp(512), 2, {"shallow": 1}, (28,), (1,)),
+    "mlp_300_100": Architecture(_mlp(300, 100), 3, {"shallow": 1}, (28,), (1,)),
+    "mlp_600_300": Architecture(_mlp(600, 300), 3, {"shallow": 1}, (28,), (1,)),
+    "mlp_800_200": Architecture(_mlp(800, 200), 3, {"shallow": 1}, (28,), (1,)),
+    "conv4_16": _plain(_conv(16, 32, hidden=64), 7),
+    "conv4": _plain(_conv(64, 128), 7),
+    "conv6": _plain(_conv(64, 128, 256), 9),
+    "conv8": _plain(_conv(64, 128, 256, 512), 11),
+    "conv10": Architecture(
+        _conv(64, 128, 256, 512, 1024),
+        *(13, {"shallow": 2, "medium": 4, "deep": 10}),
+        (32,),
+    ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
     "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
     "resnet9": Architecture(_resnet9, 7, {"shallow": 1, "medium": 3, "deep": 4}, (32,)),

@@ -37,9 +37,13 @@ IMPORTS: dict[str, set[str]] = {
         ),
     },
     # the configurations alone
-    "methods": {"methods.fedavg", "methods.sasg", "methods.split", "settings"},
+    "methods": {
+        *("methods.fedavg", "methods.fedpm", "methods.sasg", "methods.split"),
+        "settings",
+    },
     "methods.base": METHOD,
     "methods.fedavg": METHOD | {"methods.fedavg"},
+    "methods.fedpm": METHOD | {"methods.fedpm"},
     "methods.sasg": METHOD | {"methods.sasg"},
     "methods.split": METHOD | {"methods.split"},
     "strategy": {"methods.base", "runtime", "settings", "training", "utils"},
@@ -75,6 +79,7 @@ ALLOWED = {
     "runtime": {"flwr"},
     "methods.base": {"flwr"},
     "methods.fedavg": {"flwr"},
+    "methods.fedpm": {"flwr"},
     "methods.sasg": {"flwr"},
     "methods.split": {"flwr"},
     "client_app": {"flwr"},

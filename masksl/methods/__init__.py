@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from masksl.methods.fedavg import FedAvgConfig
+from masksl.methods.fedpm import FedPmConfig
 from masksl.methods.sasg import SasgConfig
 from masksl.methods.split import SplitConfig
 from masksl.settings import ConfigError, Section, Value, read
@@ -54,6 +55,11 @@ METHODS: dict[str, Method] = {
         FedAvgConfig,
         "masksl.methods.fedavg.server:FedAvgServer",
         "masksl.methods.fedavg.client:CLIENT",
+    ),
+    "fedpm": Method(
+        FedPmConfig,
+        "masksl.methods.fedpm.server:FedPmServer",
+        "masksl.methods.fedpm.client:CLIENT",
     ),
     "sasg": Method(
         SasgConfig,

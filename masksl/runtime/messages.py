@@ -29,6 +29,7 @@ STATE = "state."  # prefix of records that restore a client's own state
 
 FRAME = "masksl.frame"
 FRAMES = "masksl.frames"
+_RAW = "masksl.raw"
 _TENSOR = "masksl.tensor"
 _ONLY = "frame"  # key of the one array of a record
 
@@ -153,6 +154,19 @@ def set_record(data: bytes, dense: int) -> ArrayRecord:
 def set_of(content: RecordDict, kind: str = MODEL) -> bytes:
     """Return the one frame-set of a kind; `FrameError` if there is none."""
     return _bytes_of(content, kind, FRAMES)
+
+
+def raw_record(data: bytes) -> ArrayRecord:
+    """Return a record of a few bytes that are no frame, such as flags or a number."""
+    return _record_of(data, _RAW, len(data))
+
+
+def raw_of(content: RecordDict, kind: str, size: int) -> bytes:
+    """Return the bytes of a kind; `FrameError` unless there are as many."""
+    data = _bytes_of(content, kind, _RAW)
+    if len(data) != size:
+        raise FrameError(f"{kind} of {len(data)} bytes, expected {size}")
+    return data
 
 
 def dense_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from masksl.compress import FrameError
-from masksl.runtime.messages import FRAMES, arrays_of
+from masksl.runtime.messages import FRAMES, arrays_of, raw_of, raw_record
 
 TRAIN = "train.gradient"
 BUFFERS = "evaluate.buffers"
@@ -19,7 +19,6 @@ SKIP = "skip"
 DIGEST = "digest"
 BUFFER = "buffer"
 
-_RAW = "masksl.raw"
 _NUMBER = struct.Struct("<d")
 _DIGEST = struct.Struct("<Q")
 _SKIPPED = b"\x01"
@@ -27,14 +26,14 @@ _SKIPPED = b"\x01"
 
 def threshold_record(threshold: float) -> ArrayRecord:
     """Return a record of the threshold of an iteration: 8 bytes."""
-    return _record(_NUMBER.pack(threshold))
+    return raw_record(_NUMBER.pack(threshold))
 
 
 def threshold_of(content: RecordDict) -> float | None:
     """Return the threshold of a message, None if it has none."""
     if arrays_of(content, THRESHOLD) is None:
         return None
-    (threshold,) = _NUMBER.unpack(_data(content, THRESHOLD, _NUMBER.size))
+    (threshold,) = _NUMBER.unpack(raw_of(content, THRESHOLD, _NUMBER.size))
     if not threshold >= 0:
         raise FrameError(f"threshold of {threshold}")
     return float(threshold)
@@ -42,26 +41,26 @@ def threshold_of(content: RecordDict) -> float | None:
 
 def skip_record() -> ArrayRecord:
     """Return the record by which a worker says that it uploads nothing: 1 byte."""
-    return _record(_SKIPPED)
+    return raw_record(_SKIPPED)
 
 
 def has_skipped(content: RecordDict) -> bool:
     """Return whether a reply says that its worker uploads nothing."""
     if arrays_of(content, SKIP) is None:
         return False
-    if _data(content, SKIP, 1) != _SKIPPED or UPDATE in content:
+    if raw_of(content, SKIP, 1) != _SKIPPED or UPDATE in content:
         raise FrameError("skip with another content")
     return True
 
 
 def digest_record(digest: int) -> ArrayRecord:
     """Return a record of a digest: 8 bytes."""
-    return _record(_DIGEST.pack(digest))
+    return raw_record(_DIGEST.pack(digest))
 
 
 def digest_of(content: RecordDict) -> int:
     """Return the digest of a message."""
-    (digest,) = _DIGEST.unpack(_data(content, DIGEST, _DIGEST.size))
+    (digest,) = _DIGEST.unpack(raw_of(content, DIGEST, _DIGEST.size))
     return int(digest)
 
 
@@ -69,7 +68,7 @@ def senders_record(senders: Sequence[int], workers: int) -> ArrayRecord:
     """Return a record of who sent the relayed uploads: a bit for each worker."""
     flags = np.zeros(workers, np.uint8)
     flags[list(senders)] = 1
-    return _record(np.packbits(flags, bitorder="little").tobytes())
+    return raw_record(np.packbits(flags, bitorder="little").tobytes())
 
 
 def relay_record(frames: Mapping[int, bytes], dense: int) -> ArrayRecord:
@@ -90,7 +89,7 @@ def relayed(content: RecordDict, workers: int) -> dict[int, bytes]:
     FrameError
         If there are not as many as senders.
     """
-    packed = np.frombuffer(_data(content, SENDERS, -(-workers // 8)), np.uint8)
+    packed = np.frombuffer(raw_of(content, SENDERS, -(-workers // 8)), np.uint8)
     flags = np.unpackbits(packed, bitorder="little")
     numbers = np.flatnonzero(flags).tolist()
     record = arrays_of(content, UPDATE)
@@ -99,20 +98,3 @@ def relayed(content: RecordDict, workers: int) -> dict[int, bytes]:
     if len(frames) != len(numbers) or any(n >= workers for n in numbers):
         raise FrameError(f"{len(frames)} uploads of the workers {numbers}")
     return dict(zip(numbers, frames, strict=True))
-
-
-def _record(data: bytes) -> ArrayRecord:
-    record = ArrayRecord()
-    record["data"] = Array(dtype="uint8", shape=(len(data),), stype=_RAW, data=data)
-    return record
-
-
-def _data(content: RecordDict, kind: str, size: int) -> bytes:
-    """Return the bytes of a record; `FrameError` unless it has as many."""
-    record = arrays_of(content, kind)
-    array = record.get("data") if record else None
-    if array is None or array.stype != _RAW:
-        raise FrameError(f"message without {kind}")
-    if len(array.data) != size:
-        raise FrameError(f"{kind} of {len(array.data)} bytes, expected {size}")
-    return array.data

@@ -1,0 +1,101 @@
+"""The votes of a round as they come down, and the probabilities that follow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from masksl.methods.fedpm import FedPmConfig
+from masksl.methods.fedpm.dither import Prediction
+from masksl.methods.fedpm.theta import Theta
+from masksl.methods.fedpm.votes import decode_votes, encode_votes
+
+_CONTEXT_BITS = 10  # of votes that are coded by the votes before
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """The votes of a round, encoded.
+
+    Parameters
+    ----------
+    round : int
+        The round.
+    voters : tuple[int, ...]
+        Numbers of the clients that voted, at least one.
+    frames : tuple[bytes, ...]
+        The sum of their masks, see `encode_votes`.
+    """
+
+    round: int
+    voters: tuple[int, ...]
+    frames: tuple[bytes, ...]
+
+    @classmethod
+    def of(
+        cls,
+        votes: np.ndarray,
+        round_: int,
+        voters: Sequence[int],
+        theta: Theta,
+        rule: "Rule",
+    ) -> "Ballot":
+        """Encode the votes of a round that began with some probabilities."""
+        residual, contexts = votes, rule.contexts(theta, len(voters))
+        if rule.config.way_down == "dither":
+            predicted = rule.prediction(theta, round_, voters)
+            residual = (votes - predicted.ones) % (len(voters) + 1)
+            contexts = predicted.contexts
+        frames = encode_votes(residual, len(voters), contexts)
+        return cls(round_, tuple(voters), tuple(frames))
+
+    def theta(self, before: Theta, rule: "Rule") -> Theta:
+        """Return the probabilities after it, given those that the round began with.
+
+        Raises
+        ------
+        FrameError
+            If a frame is broken, or was encoded by other probabilities.
+        """
+        most, count = len(self.voters), len(before.index)
+        contexts = rule.contexts(before, most)
+        predicted = None
+        if rule.config.way_down == "dither":
+            predicted = rule.prediction(before, self.round, self.voters)
+            contexts = predicted.contexts
+        votes = decode_votes(self.frames, count, most, contexts)
+        if predicted is not None:
+            votes = (votes + predicted.ones) % (most + 1)
+        return rule.count(before, votes, most, self.round)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How votes are counted and coded, the same for server and clients.
+
+    Parameters
+    ----------
+    config : FedPmConfig
+        Configuration of the method.
+    seed : int
+        Seed of the numbers of ``code=dither``.
+    """
+
+    config: FedPmConfig
+    seed: int
+
+    def count(self, theta: Theta, votes: np.ndarray, voters: int, round_: int) -> Theta:
+        """Return the probabilities after the votes of a round."""
+        return theta.after(votes, voters, anew=self.config.begins_anew(round_))
+
+    def contexts(self, theta: Theta, most: int) -> np.ndarray | None:
+        """Return what votes are coded by, None if by their own shares alone."""
+        if self.config.way_down == "full" or most.bit_length() > _CONTEXT_BITS:
+            return None
+        return theta.levels
+
+    def prediction(
+        self, theta: Theta, round_: int, voters: Sequence[int]
+    ) -> Prediction:
+        """Predict the votes of a round by the numbers of its voters."""
+        return Prediction.of(self.seed, round_, voters, theta.thresholds)

@@ -1,0 +1,77 @@
+"""FedPM goes on after a kill as if nothing had happened, on every engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from masksl import main
+from masksl.runtime import checkpoint, results
+from tests.conftest import settings_of, untimed
+from tests.runtime.test_checkpoint import run, run_until
+
+SMALL = (
+    *("method=fedpm", "rounds=4", "clients=4", "dataset.limit=160", "batch_size=20"),
+    *("dataset.test_limit=40", "threads.server=1"),
+)
+OPTIONS = [
+    ("method.code=dither",),
+    ("method.keep_moments=true", "method.reset_every=3", "fraction=0.5"),
+    ("method.code=layer", "method.down=full", "checkpoint.every=2"),
+]
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    """Assert that the last checkpoints of two runs are the same."""
+    (ours, facts), (theirs, others) = checkpoint.read(one), checkpoint.read(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert facts["method"] == others["method"]
+    assert facts["method"]["version"] == 4
+    assert facts["versions"] == others["versions"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_resumed_run_equals_an_undisturbed_one(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    expected = run(tmp_path / "whole", *SMALL, *options)
+    run_until(tmp_path / "first", 1, *SMALL, *options)
+    resume = f"resume={tmp_path}/first"
+    run_until(tmp_path / "second", 3, *SMALL, *options, resume)
+    resume = f"resume={tmp_path}/second"
+    assert run(tmp_path / "third", *SMALL, *options, resume) == expected
+    same_tensors(tmp_path / "whole", tmp_path / "third")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]], ids=str)
+def test_lost_hosts_change_nothing(
+    options: tuple[str, ...], order: Path, tmp_path: Path
+) -> None:
+    plugin = "plugins=[tests.methods.fedpm.plugin_kill]"
+    overrides = (*SMALL, *options, plugin)
+    main.run(settings_of(*overrides), tmp_path / "whole")
+    order.write_text("\n".join(["train.local 2 1", "train.local 4 3"]))
+    main.run(settings_of(*overrides, "engine=ray"), tmp_path / "killed")
+    assert order.read_text() == "", "not everybody was killed"
+    rows: list[Any] = [
+        untimed(results.read_rows(tmp_path / name)) for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]
+    same_tensors(tmp_path / "whole", tmp_path / "killed")
+    events = (tmp_path / "killed" / results.EVENTS).read_text().splitlines()
+    assert [json.loads(event)["round"] for event in events] == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_engines_agree(engine: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    expected = run(tmp_path / "local", *SMALL, *options)
+    more = ("engine.cpus_per_client=0.5",) if engine == "flower" else ()
+    found = run(tmp_path / engine, *SMALL, *options, f"engine={engine}", *more)
+    assert found == expected
+    same_tensors(tmp_path / "local", tmp_path / engine)
