@@ -42,16 +42,19 @@ from masksl.codec.base import (
     register,
 )
 from masksl.codec.bits import pack_bits
+from masksl.codec.drive import RotatedSigns
 from masksl.codec.ec import EntropyCodedQuantization
 from masksl.codec.mask import Mask
 from masksl.codec.ms import MaskSparsification
 from masksl.codec.options import check_choice, check_number, check_whole
+from masksl.codec.qsgd import StochasticQuantization
 from masksl.codec.sets import (
     decode_set,
     decode_set_exact,
     decode_set_sparse,
     encode_set,
 )
+from masksl.codec.sign import Sign
 from masksl.codec.sp import RandomizedSparsification, Sparsification
 from masksl.codec.spsign import SignSparsification
 
@@ -363,3 +366,6 @@ register(MaskSparsification)
 register(EntropyCodedQuantization)
 register(Mask)
 register(SignSparsification)
+register(Sign)
+register(StochasticQuantization)
+register(RotatedSigns)

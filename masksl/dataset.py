@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from masksl.data import chunks
 from masksl.data.augmentation import random_crop, random_flip
 from masksl.data.images import DatasetError, FileImages, Images, TensorImages
 from masksl.data.sources import DATASETS
@@ -212,12 +213,21 @@ def partition(config: DatasetConfig, clients: int, seed: int) -> list[torch.Tens
 def _divide(
     config: DatasetConfig, clients: int, labels: torch.Tensor, seed: int
 ) -> list[torch.Tensor]:
-    """Return the parts of flwr-datasets' partitioner, applied to shuffled samples."""
+    """Return the parts of a partition of shuffled samples.
+
+    All but ``chunks`` are those of flwr-datasets' partitioners.
+    """
     order = torch.randperm(
         len(labels), generator=seeded_generator(seed, "partition.order")
     )
     if config.partition == "iid":  # what IidPartitioner does
         return [part.clone() for part in torch.tensor_split(order, clients)]
+    if config.partition == "chunks":
+        generator = seeded_generator(seed, "partition")
+        parts = chunks.deal(
+            labels[order], clients, config.classes_per_client, generator
+        )
+        return [order[part] for part in parts]
     # Imported here: importing it takes seconds, and a process that adopts a partition,
     # or divides at random, does not need it.
     from datasets import Dataset as Table  # pylint: disable=import-outside-toplevel

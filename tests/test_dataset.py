@@ -111,6 +111,11 @@ def test_each_kind_of_partition() -> None:
         ({}, 1438, "clients=1438: must be at most 1437"),
         ({"limit": 5}, 6, "clients=6: must be at most 5"),
         ({"partition": "class"}, 3, "dataset.partition='class': 10 classes do not"),
+        (
+            {"partition": "chunks", "classes_per_client": 11},
+            3,
+            "dataset.partition='chunks': dataset.classes_per_client=11: must be",
+        ),
     ],
 )
 def test_impossible_partitions_are_refused(

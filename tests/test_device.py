@@ -160,7 +160,8 @@ def test_what_is_selected_on_a_device_is_the_same(
 def test_every_compressor_that_computes_on_a_device_is_tested_here() -> None:
     """`ec` is coded on the host, and `rt` draws: no generator without a device.
 
-    `mask` is tested with both of its ways. `spsign` looks for its magnitudes on the
+    `sign`, `qsgd` and `drive` draw, too, and add up on the host. `mask` is tested with
+    both of its ways. `spsign` looks for its magnitudes on the
     host.
     """
     assert set(COMPRESSORS) - {name for name, _ in CASES} == {
@@ -168,6 +169,9 @@ def test_every_compressor_that_computes_on_a_device_is_tested_here() -> None:
         "rt",
         "mask",
         "spsign",
+        "sign",
+        "qsgd",
+        "drive",
     }
 
 

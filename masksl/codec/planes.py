@@ -60,6 +60,17 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
+def sums(rows: torch.Tensor) -> list[float]:
+    """Return the sum of every row, float64, shape (n, m).
+
+    On the CPU NumPy adds up: the order of PyTorch's sums depends on the number of
+    threads.
+    """
+    if rows.device.type == "cpu":
+        return [float(row.sum()) for row in rows.numpy()]
+    return rows.sum(1).tolist()
+
+
 def narrow(values: torch.Tensor, to: str, bounds: Bounds, name: str) -> torch.Tensor:
     """Convert values to the type that they are sent in.
 

@@ -31,7 +31,7 @@ def torchvision_loader(
     def load_both(config: DatasetConfig) -> tuple[Images, Images]:
         root, reason = Path(config.root), "dataset.download is false"
         for download in (False, True) if config.download else (False,):
-            made = download and _make_root(config.root)
+            made = download and make_root(config.root)
             try:
                 return _read(kind, config, True, download), _read(kind, config, False)
             except DatasetError:
@@ -46,7 +46,7 @@ def torchvision_loader(
                 elif not any(_missing(kind, root)):
                     raise DatasetError(f"{root / files}: {said}") from error
                 if made:
-                    _remove_if_empty(config.root)
+                    remove_if_empty(config.root)
         for line in _archive_faults(kind, root):
             raise DatasetError(f"{line}; {reason}")
         missing = next(_missing(kind, root), None)
@@ -105,7 +105,7 @@ def _faults(kind: str, root: Path) -> Iterator[str]:
     for name, digest in names.items():
         if (path := folder / name).exists():
             try:
-                fault = _digest_fault(path, digest) if digest else _idx_fault(path)
+                fault = digest_fault(path, digest) if digest else _idx_fault(path)
             except OSError as error:
                 fault = f"cannot be read ({error.strerror})"
             if fault:
@@ -123,11 +123,11 @@ def _archive_faults(kind: str, root: Path) -> Iterator[str]:
     if all((folder / name).exists() for name in names):
         return
     for path, digest in archives.items():
-        if path.exists() and (fault := _digest_fault(path, digest)):
+        if path.exists() and (fault := digest_fault(path, digest)):
             yield f"{path}: {fault}"
 
 
-def _digest_fault(path: Path, digest: str) -> str | None:
+def digest_fault(path: Path, digest: str) -> str | None:
     """Return what is wrong with a file whose MD5 is known, None if nothing is."""
     if check_integrity(path, digest):
         return None
@@ -140,12 +140,33 @@ def _idx_fault(path: Path) -> str | None:
     axes = 3 if "images" in path.name else 1
     with path.open("rb") as file:
         head = file.read(4 + 4 * axes)
-    size = path.stat().st_size
-    if head[:4] != bytes((0, 0, 8, axes)) or len(head) < 4 + 4 * axes:
+    return idx_fault(head, path.stat().st_size, axes)
+
+
+def idx_fault(head: bytes, size: int, axes: int) -> str | None:
+    """Return what is wrong with a file of unsigned bytes in MNIST's format (idx).
+
+    Parameters
+    ----------
+    head : bytes
+        The first ``4 + 4 * axes`` bytes, or more.
+    size : int
+        Number of bytes of the whole file.
+    axes : int
+        Number of dimensions that it should have.
+
+    Returns
+    -------
+    str | None
+        A description of the fault, None if the header fits the number of dimensions
+        and the size.
+    """
+    length = 4 + 4 * axes
+    if head[:4] != bytes((0, 0, 8, axes)) or len(head) < length:
         return (
             f"corrupted or cut short: {size:,} bytes without the header of {axes}-idx"
         )
-    expected = len(head) + prod(struct.unpack(f">{axes}I", head[4:]))
+    expected = length + prod(struct.unpack(f">{axes}I", head[4:length]))
     if size != expected:
         return f"corrupted or cut short: {size:,} bytes, expected {expected:,}"
     return None
@@ -154,7 +175,7 @@ def _idx_fault(path: Path) -> str | None:
 # --- where downloads go ---------------------------------------------------------------
 
 
-def _make_root(root: str) -> bool:
+def make_root(root: str) -> bool:
     """Make the folder; return whether it was missing."""
     missing = not Path(root).exists()
     try:
@@ -166,7 +187,7 @@ def _make_root(root: str) -> bool:
     return missing
 
 
-def _remove_if_empty(root: str) -> None:
+def remove_if_empty(root: str) -> None:
     """Remove a folder that contains no file."""
     folder = Path(root)
     if not any(path.is_file() for path in folder.rglob("*")):

@@ -46,6 +46,15 @@ def packed(kind: str, files: str) -> Callable[[DatasetConfig], tuple[Images, Ima
     return load
 
 
+def load_emnist(config: DatasetConfig) -> tuple[Images, Images]:
+    """Return `masksl.data.emnist.load_balanced`'s images, imported when called."""
+    # It imports torchvision, too.
+    # pylint: disable-next=import-outside-toplevel
+    from masksl.data.emnist import load_balanced
+
+    return load_balanced(config)
+
+
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -59,6 +68,14 @@ DATASETS |= {
         mean=(0.1307,),
         std=(0.3081,),
         samples=(60_000, 10_000),
+    ),
+    # Mean and standard deviation as commonly used for the balanced split: the files
+    # are not at hand to compute them.
+    "emnist": Spec(
+        *(load_emnist, 47, 1, 28),
+        mean=(0.1751,),
+        std=(0.3332,),
+        samples=(112_800, 18_800),
     ),
     "cifar10": Spec(
         packed("CIFAR10", "cifar-10-batches-py"),

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from masksl.data.images import DatasetError, FileImages, Images, TensorImages
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "class")
+PARTITIONS = ("iid", "dirichlet", "pathological", "class", "chunks")
 
 
 class DatasetConfig(
@@ -31,11 +31,13 @@ class DatasetConfig(
         Number of training, of test samples to use, the first ones; None for all.
     partition : str
         ``iid``; ``dirichlet`` with ``alpha``; ``pathological`` with
-        ``classes_per_client``; ``class``: each class is at one client.
+        ``classes_per_client``; ``class``: each class is at one client; ``chunks`` with
+        ``classes_per_client``: `masksl.data.chunks.deal`.
     alpha : float
         Concentration of the Dirichlet partition; smaller is more uneven.
     classes_per_client : int
-        Number of classes of each client in a pathological partition.
+        Number of classes of each client in a pathological partition, of chunks of each
+        client in ``chunks``.
     workers : int
         Number of threads that read image files.
     unreadable : str

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from masksl.report.bitrate import bitrate
 from masksl.report.fedavg import fedavg
 from masksl.report.figure2 import figure2
 from masksl.report.figure3 import figure3
@@ -26,6 +27,7 @@ REPORTS = {
     "figure3": figure3,
     "fedavg": fedavg,
     "uploads": uploads,
+    "bitrate": bitrate,
 }
 PLOT = "plot"
 

@@ -70,6 +70,14 @@ def elements(
         return found
     if name == "spsign":
         return signs(dtype, shape, params, payload)
+    if name == "sign":
+        form, magnitude = struct.unpack("<Bd", params)
+        symbols = read_plane(payload, 1, form, shape)
+        return to_type(work(np.array([magnitude, -magnitude]), dtype)[symbols], dtype)
+    if name == "qsgd":
+        return shares(dtype, shape, params, payload)
+    if name == "drive":
+        return rotated(dtype, shape, params, payload)
     if name == "ms":
         return masked(dtype, shape, params, payload)
     if name == "ec":
@@ -98,6 +106,66 @@ def signs(dtype: int, shape: tuple[int, ...], params: bytes, payload: bytes) -> 
     chosen = positions(payload[size + length :], kept, form, shape)
     found[chosen] = np.where(symbols % 2, -values, values)
     return found
+
+
+def shares(dtype: int, shape: tuple[int, ...], params: bytes, payload: bytes) -> Floats:
+    """Return the elements of `qsgd`."""
+    levels, form, norm = struct.unpack("<BBd", params)
+    symbols = read_plane(payload, (2 * levels).bit_length(), form, shape)
+    values = (symbols + 1) // 2 / levels * norm
+    most = largest_of(dtype)
+    values = np.minimum(values, most) * np.where(symbols % 2 == 1, 1, -1)
+    return to_type(work(values, dtype) + 0, dtype)
+
+
+def rotated(
+    dtype: int, shape: tuple[int, ...], params: bytes, payload: bytes
+) -> Floats:
+    """Return the elements of `drive`, block by block, by a Hadamard matrix."""
+    log, seed = struct.unpack("<BQ", params)
+    count, size, most = math.prod(shape), 2**log, largest_of(dtype)
+    blocks, width = -(-count // size), 8 if dtype == FLOAT64 else 4
+    scales = np.frombuffer(payload[: blocks * width], f"<f{width}").astype(float)
+    found, place = [], blocks * width
+    for number in range(blocks):
+        start = number * size
+        own = min(size, count - start)
+        wide = size if own == size else max(8, 2 ** math.ceil(math.log2(own)))
+        bits = np.array(bits_of(payload[place : place + wide // 8], 1, wide))
+        place += wide // 8
+        matrix = np.array([[1.0]])
+        while len(matrix) < wide:
+            matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        turned = matrix @ (1 - 2.0 * bits) * (1 / math.sqrt(wide)) * scales[number]
+        drawn = philox_bits(seed, start, wide)
+        found.append((turned * (1 - 2.0 * drawn))[:own])
+    return to_type(work(np.clip(np.concatenate(found), -most, most), dtype), dtype)
+
+
+def philox_bits(seed: int, start: int, count: int) -> np.ndarray:
+    """Return bits of stream 0 of Philox 4x32-10 (docs/coding.md), one at a time."""
+    found = []
+    for place in range(start, start + count):
+        word, bit = divmod(place, 32)
+        counter, key = [word // 4, 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+        for _ in range(10):
+            left, right = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+            counter = [
+                (right >> 32) ^ counter[1] ^ key[0],
+                right & 0xFFFFFFFF,
+                (left >> 32) ^ counter[3] ^ key[1],
+                left & 0xFFFFFFFF,
+            ]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        found.append(counter[word % 4] >> bit & 1)
+    return np.array(found)
+
+
+def largest_of(dtype: int) -> float:
+    """Return the largest number of a type."""
+    if dtype == BFLOAT16:
+        return float.fromhex("0x1.fep127")
+    return float(np.finfo(TYPES[dtype]).max)
 
 
 def numbers(data: bytes, code: int) -> Floats:

@@ -48,6 +48,12 @@ CASES = [
     ("sp", {"sparsity": 0.9, "lossless": "fast"}),
     ("spsign", {"sparsity": 0.9}),
     ("spsign", {"sparsity": 0.9, "magnitudes": 4, "layout": "none"}),
+    ("sign", {}),
+    ("sign", {"magnitude": "mean", "lossless": "context"}),
+    ("qsgd", {"levels": 3}),
+    ("qsgd", {"lossless": "none"}),
+    ("drive", {}),
+    ("drive", {"block": 5}),
     ("ec", {}),
     ("ec", {"error": 0.1, "context": "none"}),
     ("ec", {"step": 0.01}),
@@ -115,6 +121,18 @@ GOLDEN = {
         "4d534b4c0103030b73707369676e0000fa918d9e16000000000000000200000003000000"
         "0400000006000000000000000400000000e03f0000004000000040000000404334008904"
         "12"
+    ),
+    ("sign", "magnitude=mean"): (
+        "4d534b4c010303097369676e000000005c8c86b703000000000000000200000003000000"
+        "0400000000000000000000f13fb3c926"
+    ),
+    ("qsgd", "levels=3,lossless=none"): (
+        "4d534b4c0103030a71736764000000002d7d95df09000000000000000200000003000000"
+        "0400000003006c4e7900852a1840120244480008111021"
+    ),
+    ("drive", "block=4"): (
+        "4d534b4c01030309647269766500000032cbb4fb0b000000000000000200000003000000"
+        "04000000040000000000000000721cc73ff304b53fe452fa"
     ),
     ("ec", "step=0.5,deadzone=0.55"): (
         "4d534b4c010303146563000000000000caa376dd17000000000000000200000003000000"
@@ -290,7 +308,7 @@ def test_refusal_allocates_next_to_nothing(case: tuple[str, Any]) -> None:
 def ends_coded(header: wire.Header) -> bool:
     """Return whether a frame ends with the bytes of the coder."""
     match header.compressor:
-        case "none" | "ec":
+        case "none" | "ec" | "drive":
             return False
         case "mask":
             return header.params[0] > 0

@@ -44,6 +44,9 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy]] = {
         "magnitudes": st.sampled_from([1, 2, 4]),
         "layout": st.sampled_from(["auto", "none"]),
     },
+    "sign": {"magnitude": st.sampled_from(["none", "mean"]), "lossless": LOSSLESS},
+    "qsgd": {"levels": st.integers(1, 127), "lossless": LOSSLESS},
+    "drive": {"block": st.integers(3, 8)},
     "ec": {
         "step": st.sampled_from([0.004, 0.1, 1.0]),
         "context": st.sampled_from(["spatial", "none"]),

@@ -37,6 +37,9 @@ LAYOUTS = {
     "rt": "<QBBB",
     "ms": "<QBBBBB",
     "spsign": "<QBBB",
+    "sign": "<Bd",
+    "qsgd": "<BBd",
+    "drive": "<BQ",
     "ec": "<BHBIIQ",
     "mask": "<BI",
 }
@@ -76,8 +79,10 @@ def before_plane(header: wire.Header) -> int:
     match header.compressor, fields:
         case "none", (code,):
             return WIDTHS[code] * d
-        case "qu" | "qq", _:
+        case "qu" | "qq" | "sign" | "qsgd", _:
             return 0
+        case "drive", (block, _):
+            return (8 if w == 8 else 4) * math.ceil(d / 2**block)
         case "fp", (_, _, signed, _, _):
             return signed * symbols(d, 1)
         case "sp" | "rt", (k, scope, code, _):
@@ -102,6 +107,12 @@ def plane_of(header: wire.Header) -> tuple[int, int]:
             return form, bits
         case "fp", (exponent, mantissa, _, form, _):
             return form, exponent + mantissa
+        case "sign", (form, _):
+            return form, 1
+        case "qsgd", (levels, form, _):
+            return form, (2 * levels).bit_length()
+        case "drive", _:
+            return PACKED, 1
         case "sp" | "rt" | "spsign", (_, _, _, form):
             return form, 1
         case "ms", (_, bits, _, _, _, form):
@@ -130,7 +141,19 @@ def implied(header: wire.Header, payload: bytes) -> int:
         low, _, length = struct.unpack_from("<BHI", payload, before_plane(header))
         return size + 7 + length + symbols(kept, low)
     assert form == PACKED
+    if header.compressor == "drive":
+        return size + rotated(header.elements, fields[0]) // 8
     return size + symbols(header.elements, bits)
+
+
+def rotated(count: int, block: int) -> int:
+    """Return the elements of whole blocks and of the smallest one that holds the rest.
+
+    It has a power of two of elements, at least eight.
+    """
+    whole, rest = divmod(count, 2**block)
+    last = max(8, 2 ** math.ceil(math.log2(rest))) if rest else 0
+    return whole * 2**block + last
 
 
 def coded_plane(part: bytes, alphabet: int, shape: tuple[int, ...]) -> list[int]:
@@ -176,6 +199,12 @@ def asked(case: Case, tensor: torch.Tensor) -> dict[int, Any]:
         return {0: options["bits"], 1: PACKED}
     if name == "fp":
         return dict(enumerate((options["exponent"], options["mantissa"], signed, 0)))
+    if name == "sign":
+        return {0: PACKED} | ({} if options["magnitude"] == "mean" else {1: 1.0})
+    if name == "qsgd":
+        return {0: options["levels"], 1: PACKED}
+    if name == "drive":
+        return {0: options["block"]}
     if name == "ec":
         return {0: CODED if options["context"] == "spatial" else ROW, 2: signed}
     k = kept_of(options["sparsity"], d // rows(shape, scope))
@@ -216,6 +245,12 @@ def cases() -> Iterator[Case]:
     for sparsity, magnitudes in product((0, 0.6, 0.9, 0.99), (1, 2, 4)):
         options = {"sparsity": sparsity, "magnitudes": magnitudes, "layout": "none"}
         yield "spsign", options
+    for magnitude in ("none", "mean"):
+        yield "sign", {"magnitude": magnitude}
+    for levels in (1, 2, 6, 16, 127):
+        yield "qsgd", {"levels": levels, "lossless": "none"}
+    for block in (3, 4, 8, 14, 17):
+        yield "drive", {"block": block}
     steer: list[dict[str, float]] = [
         *({"step": step} for step in (0.004, 0.5)),
         *({"bits": bits} for bits in (1.0, 6.0)),

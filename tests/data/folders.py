@@ -1,5 +1,7 @@
-"""A few random pictures in the layouts of the data sets of image files."""
+"""A few random pictures in the layouts of the data sets, and files of MNIST's
+format."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +38,9 @@ def make_imagenet(root: Path) -> None:
             for i in range(count):
                 path = root / f"imagenet/{part}/{name}/{i}.JPEG"
                 make_picture(path, (250 + 40 * i, 300), "L" if i == 2 else "RGB")
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an array of bytes in MNIST's format."""
+    head = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(head + array.tobytes())

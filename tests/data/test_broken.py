@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +17,12 @@ from masksl.data.images import FileImages
 from masksl.dataset import DATASETS, DatasetConfig, DatasetError, TensorImages, load
 from masksl.runtime.messages import RunError
 from tests.conftest import ROOT, train
-from tests.data.folders import make_imagenet, make_picture, make_tiny_imagenet
+from tests.data.folders import (
+    make_imagenet,
+    make_picture,
+    make_tiny_imagenet,
+    write_idx,
+)
 
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -33,11 +37,6 @@ def error_of(name: str, root: Path, **options: Any) -> str:
 
 
 # --- MNIST ----------------------------------------------------------------------------
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    head = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(head + array.tobytes())
 
 
 def make_mnist(root: Path) -> Path:

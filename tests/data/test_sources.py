@@ -90,6 +90,7 @@ def test_imagenet_as_a_folder(tmp_path: Path) -> None:
     ("name", "files"),
     [
         ("mnist", "MNIST/raw"),
+        ("emnist", "EMNIST/raw"),
         ("cifar10", "cifar-10-batches-py"),
         ("cifar100", "cifar-100-python"),
         ("tinyimagenet", "tiny-imagenet-200/wnids.txt"),

@@ -96,7 +96,7 @@ class FedAvgServer(ServerMethod):
         return total / samples if samples else None
 
     def finish(self, round_: Round) -> None:
-        """Average what was sent up, weighted by samples, and move towards it."""
+        """Average what was sent up, or count votes, and move the model."""
         if not self._received:
             return
         models = list(self._received.values())
@@ -104,7 +104,10 @@ class FedAvgServer(ServerMethod):
         weights = [clients[number].train_samples for number in self._received]
         with round_.watch("server"):
             mean = average(models, weights, torch.float64)
-            tensors = self._moved(mean)
+            if self.config.aggregate == "majority":
+                tensors = mean | self._outvoted(models)
+            else:
+                tensors = self._moved(mean)
             if not all(map(all_finite, tensors.values())):
                 place = f"round {round_.number}, averaged model"
                 raise RunError(f"{place}: not finite")
@@ -130,6 +133,18 @@ class FedAvgServer(ServerMethod):
         """Return what a client sent up: its model, or its update."""
         kind = messages.MODEL if self._exact else UPDATE
         return decode_set(messages.set_of(content, kind), self.model.tensors)
+
+    def _outvoted(self, models: list[Tensors]) -> Tensors:
+        """Return the parameters after each went as most clients' did, or stayed."""
+        rate, tensors = self.config.server_lr, {}
+        for name in self.model.parameters:
+            own = self.model.tensors[name]
+            votes = torch.zeros_like(own)
+            for model in models:
+                change = model[name] - own if self._exact else model[name]
+                votes += change.sign()
+            tensors[name] = torch.add(own, votes.sign(), alpha=rate)
+        return tensors
 
     def _moved(self, mean: Tensors) -> Tensors:
         """Return the new model, given the average of what clients sent up.

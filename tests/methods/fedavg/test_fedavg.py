@@ -16,6 +16,7 @@ from masksl.config import ConfigError
 from masksl.methods import client as clients
 from masksl.methods.client import Client, Place
 from masksl.methods.fedavg.messages import SCORE, score_of, score_record
+from masksl.methods.fedavg.server import FedAvgServer
 from masksl.methods.global_model import GlobalModel
 from masksl.runtime.messages import FrameError, RunError
 from masksl.runtime.round import Round
@@ -114,6 +115,38 @@ def test_one_client_is_central_training_bit_for_bit(network: str, name: str) -> 
     assert tensors.keys() == weights.keys()
     for key, tensor in weights.items():
         assert torch.equal(tensors[key], tensor), key
+
+
+@pytest.mark.parametrize("options", [(), ("compressor=sign",)], ids=str)
+def test_parameters_go_as_most_clients_do(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    real = FedAvgServer._decode
+
+    def kept(self: Any, content: RecordDict) -> dict[str, torch.Tensor]:
+        seen[len(seen)] = real(self, content)
+        return seen[len(seen) - 1]
+
+    monkeypatch.setattr(FedAvgServer, "_decode", kept)
+    rule = ("method.aggregate=majority", "method.server_lr=0.01", "rounds=1")
+    training = prepare(settings_of(*SMALL, *rule, *options))
+    before = {n: t.clone() for n, t in training.server.model.tensors.items()}
+    training.strategy.run_round(training.grid, 1, 1)
+    server = training.server
+    assert len(seen) == 3
+    for name, tensor in server.model.tensors.items():
+        sent = torch.stack([own[name].double() for own in seen.values()])
+        if name not in server.model.parameters:
+            continue
+        if not options:
+            sent = sent.float() - before[name]
+        votes = (sent > 0).sum(0) - (sent < 0).sum(0)
+        assert set(votes.unique().tolist()) <= set(range(-3, 4))
+        expected = before[name] + 0.01 * votes.sign()
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-8)
+        if options:  # each sign is a vote
+            assert bool((votes != 0).all())
 
 
 def test_passes_are_shuffled_anew() -> None:
