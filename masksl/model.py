@@ -408,7 +408,7 @@ def _resnet34_64(classes: int, channels: int) -> Units:
 
 def _plain(constructor: Callable[[int, int], Units], units: int) -> Architecture:
     """Return the description of a plain convolutional network."""
-    cuts = {"shallow": 2, "medium": 4, "deep": units - 3}
+    cuts = {"shallow": 2, "medium": 4, "deep": units - 2}
     return Architecture(constructor, units, cuts, (28, 32), (1, 3))
 
 
@@ -435,7 +435,7 @@ ARCHITECTURES = {
     "conv8": _plain(_conv(64, 128, 256, 512), 11),
     "conv10": Architecture(
         _conv(64, 128, 256, 512, 1024),
-        *(13, {"shallow": 2, "medium": 4, "deep": 10}),
+        *(13, {"shallow": 2, "medium": 4, "deep": 11}),
         (32,),
     ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),

@@ -206,16 +206,20 @@ def test_every_key_is_declared_once_and_used() -> None:
         every = config.SECTIONS | {"method": registered.config}
         every |= {"engine": ENGINES["ray"]}
         settings = settings_of("engine=ray", f"method={method}")
-        fixed = registered.config.fixed.keys()
+        own = registered.config.fixed.keys() | OVERRIDDEN.get(method, set())
         for prefix, section in every.items():
             for name, field in section.model_fields.items():
                 key = config.key_of(section, name, prefix)
-                if field.is_required() or key in OVERRIDDEN | fixed:
+                if field.is_required() or key in OVERRIDDEN["every"] | own:
                     continue
                 assert parse(settings[key], field.annotation) == field.default, key
 
 
-OVERRIDDEN = {"optimizer.lr"}  # the default job has a rate of its own
+# What the default job, or the file of a method, sets.
+OVERRIDDEN = {
+    "every": {"optimizer.lr"},
+    "fedpm": {"optimizer.name", "optimizer.weight_decay", "model.name"},
+}
 
 
 def test_every_field_says_what_is_allowed() -> None:
@@ -272,7 +276,7 @@ def test_overrides_are_the_only_key_under_flwr_run() -> None:
     for override, message in (
         ("nonsense=4", "nonsense=4: must be one of "),
         ("rounds=[", "'rounds=[': must be KEY=VALUE"),
-        ("compressor=zip", "compressor=zip: must be one of ec, "),
+        ("compressor=zip", "compressor=zip: must be one of drive, "),
     ):
         with pytest.raises(ConfigError) as caught:
             config.compose([override])

@@ -162,7 +162,7 @@ def refusal(
         ("+rounds=3", "rounds=3: must be given without the +: the key exists"),
         ("+model=lenet", "model: must be given without the +: an option is chosen"),
         ("++model=lenet", "++model=lenet: must be given without the ++"),
-        ("model=nosuch", "model=nosuch: must be one of lenet, mlp_128, "),
+        ("model=nosuch", "model=nosuch: must be one of conv10, conv4, "),
         ("model=", "model=: must be one of lenet, mlp_128, "),
         ("model=null", "model=null: must be one of lenet, mlp_128, "),
         ("model=3", "model=3: must be one of lenet, mlp_128, "),

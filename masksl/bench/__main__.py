@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from masksl.bench import activations, coding, compress, sets
+from masksl.bench import activations, coding, compress, masks, sets
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
@@ -42,6 +42,9 @@ def main() -> None:
     coded.add_argument("--run", type=Path, required=True, help="folder of the run")
     coded.add_argument("--base", type=Path, help="another checkout, timed in turn")
     coded.add_argument("--repeats", type=int, default=5, help="processes of each")
+
+    kept = commands.add_parser("masks", help="FedPM's masks and votes, by each code")
+    kept.add_argument("--repeats", type=int, default=5, help="times each is timed")
 
     targets = commands.add_parser(
         "activations", help="bits of ec and ms at one error, on CIFAR-10 activations"
@@ -77,9 +80,9 @@ def main() -> None:
     )
     engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
 
-    for command in (speed, together, targets, curves):
+    for command in (speed, together, kept, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
-    for command in (speed, together, coded, targets, curves, engines):
+    for command in (speed, together, coded, kept, targets, curves, engines):
         command.add_argument("--json", help="file to write, default bench_NAME.json")
     for command in (coded, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
@@ -113,6 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
             given = arguments.run, arguments.root, arguments.base, arguments.repeats
             result |= coding.measure(*given)
             coding.show(result)
+        case "masks":
+            result["rows"] = masks.measure(arguments.repeats)
+            masks.show(result["rows"])
         case "activations":
             result["rows"] = activations.targets(arguments.root, arguments.vgg19_images)
             activations.show_targets(result["rows"])

@@ -60,15 +60,15 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def sums(rows: torch.Tensor) -> list[float]:
+def sums(parts: torch.Tensor) -> list[float]:
     """Return the sum of every row, float64, shape (n, m).
 
     On the CPU NumPy adds up: the order of PyTorch's sums depends on the number of
     threads.
     """
-    if rows.device.type == "cpu":
-        return [float(row.sum()) for row in rows.numpy()]
-    return rows.sum(1).tolist()
+    if parts.device.type == "cpu":
+        return [float(row.sum()) for row in parts.numpy()]
+    return parts.sum(1).tolist()
 
 
 def narrow(values: torch.Tensor, to: str, bounds: Bounds, name: str) -> torch.Tensor:

@@ -54,6 +54,7 @@ _COLUMNS = {
 _PARTITIONS = {
     "dirichlet": "dataset.alpha",
     "pathological": "dataset.classes_per_client",
+    "chunks": "dataset.classes_per_client",
 }
 # Prefixes of keys that may differ between runs of one line.
 _FREE = (
@@ -195,10 +196,9 @@ def _check_result(result: results.Result) -> None:
     for key in _SUMMARY[method]:
         if not result.summary.get(key):
             raise ReportError(f"{folder / results.SUMMARY}: no {key}")
-    if len(result.rows) != settings["rounds"]:
-        text = f"{len(result.rows)} rows, rounds={settings['rounds']} by"
-        path = folder / results.METRICS
-        raise ReportError(f"{path}: {text} {results.CONFIG}")
+    if (rows := len(result.rows)) != settings["rounds"]:
+        text = f"{rows} rows, rounds={settings['rounds']} by {results.CONFIG}"
+        raise ReportError(f"{folder / results.METRICS}: {text}")
     for number, row in enumerate(result.rows, 1):
         for key in _COLUMNS[method]:
             if key not in row:

@@ -216,9 +216,9 @@ def height(image: Path) -> int:
 
 
 def test_each_partition_is_a_task_with_its_panels(runs: Path, texts: Texts) -> None:
-    change_config(runs / "qu/1", dataset__partition="pathological")
+    change_config(runs / "qu/1", dataset__partition="chunks")
     after = bitrate(runs)["bitrate.md"]
-    task = "mlp_digits, digits, 3 clients, pathological 2"
+    task = "mlp_digits, digits, 3 clients, chunks 2"
     cells = tables(texts["bitrate.md"])[0]["fedavg, qu"] | {"task": task}
     assert tables(after)[0]["fedavg, qu"] == cells
     assert height(runs / "bitrate.png") == 2 * 4 * 110
