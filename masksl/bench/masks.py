@@ -8,7 +8,7 @@ normal change of the scores.
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from masksl import model
 from masksl.compress import make
-from masksl.methods.fedpm import FedPmConfig
+from masksl.methods.fedpm import CODES, FedPmConfig
 from masksl.methods.fedpm.ballot import Ballot, Rule
 from masksl.methods.fedpm.codes import reference_of, start
 from masksl.methods.fedpm.dither import numbers
@@ -52,7 +52,7 @@ def measure(repeats: int) -> list[Row]:
         to encode and to decode, everything included that a side computes for it.
     """
     rows = []
-    for code in get_args(FedPmConfig.model_fields["code"].annotation):
+    for code in CODES:
         case = _case(FedPmConfig(code=code))
         rows.append({"coded": "mask", "by": code} | _time_mask(case, repeats))
     for down in ("full", "previous", "dither"):
@@ -98,7 +98,7 @@ def _time_mask(case: _Case, repeats: int) -> Row:
 def _time_votes(case: _Case, repeats: int) -> Row:
     frozen, rule, theta, trained = case
     voters = range(VOTERS)
-    votes = np.sum([_drawn(case, n, trained[n]) for n in voters], 0, dtype=np.int64)
+    votes = np.stack([_drawn(case, n, trained[n]) for n in voters]).sum(0)
     ballot, encoding = _timed(
         lambda: Ballot.of(votes, ROUNDS + 1, voters, theta, rule), repeats
     )

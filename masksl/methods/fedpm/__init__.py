@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from masksl.settings import Section
 
+CODES = ("global", "layer", "theta", "dither")
 _DOWN = ("auto", "full", "previous", "dither")
 
 
@@ -72,8 +73,8 @@ class FedPmConfig(Section):
     reset_first: int = Field(
         0, ge=0, le=1_000_000, description="a whole number from 0 to 1000000"
     )
-    code: Literal["global", "layer", "theta", "dither"] = Field(
-        "theta", description="one of global, layer, theta, dither"
+    code: Literal[CODES] = Field(  # type: ignore[valid-type]
+        "theta", description=f"one of {', '.join(CODES)}"
     )
     down: Literal[_DOWN] = Field(  # type: ignore[valid-type]
         "auto", description=f"one of {', '.join(_DOWN)}"

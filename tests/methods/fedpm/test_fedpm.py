@@ -15,7 +15,7 @@ from masksl.codec import philox
 from masksl.compress import FrameError, make
 from masksl.config import ConfigError
 from masksl.methods.client import Place
-from masksl.methods.fedpm import FedPmConfig
+from masksl.methods.fedpm import CODES, FedPmConfig
 from masksl.methods.fedpm import client as side
 from masksl.methods.fedpm.ballot import Ballot
 from masksl.methods.fedpm.codes import formula, reference_of, start
@@ -43,7 +43,6 @@ SMALL = (
     *("method=fedpm", "model.name=fedpm_linear", "rounds=3", "clients=3"),
     *("dataset.limit=90", "dataset.test_limit=40", "threads.server=1"),
 )
-CODES = ("global", "layer", "theta", "dither")
 
 
 @pytest.fixture(autouse=True)
