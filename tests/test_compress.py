@@ -357,7 +357,7 @@ def check_against_plain_loop(
     elif name == "spsign":
         check_signs(options, x, got, 4 * eps * largest + least)
     elif name in ("sign", "qsgd", "drive"):
-        check_unbiased(case, x, got, 8 * eps, least)
+        check_scales(case, x, got, 8 * eps, least)
     elif name == "ec":
         assert max(map(abs, got)) <= largest * (1 + 4 * eps) + least
         if "step" in options and len(x) > 1:
@@ -377,7 +377,7 @@ def check_against_plain_loop(
             assert abs(a - b) <= gap + slack
 
 
-def check_unbiased(
+def check_scales(
     case: tuple[str, dict[str, Any]],
     x: list[float],
     got: list[float],
@@ -606,6 +606,25 @@ def test_extreme_values() -> None:
         tiny = torch.tensor([0.0, info.tiny / 4, info.tiny / 2, info.tiny], dtype=dtype)
         decoded = decode(make("qu", bits=8).encode(tiny))
         assert float((decoded - tiny).abs().max()) <= info.tiny / 255
+
+
+@pytest.mark.parametrize(("name", "options"), [("qsgd", {"levels": 2}), ("drive", {})])
+def test_errors_cancel_out(name: str, options: dict[str, Any]) -> None:
+    """Many draws of the same tensor have it as their mean."""
+    tensor = torch.randn(1000)
+    compressor = make(name, **options)
+    draws = torch.stack(
+        [decode(compressor.encode(tensor, seed=seed)) for seed in range(400)]
+    )
+    error = (draws.mean(0) - tensor).norm() / tensor.norm()
+    one = (draws - tensor).norm(dim=1).mean() / tensor.norm()
+    assert error < 1.3 * one / 20
+
+
+def test_signs_of_zeros_cancel_out() -> None:
+    draws = [decode(make("sign").encode(torch.zeros(1000), seed=s)) for s in (1, 2)]
+    assert all(abs(float(draw.sum())) < 4 * 1000**0.5 for draw in draws)
+    assert abs(float((draws[0] * draws[1]).sum())) < 4 * 1000**0.5
 
 
 # --- what is refused ------------------------------------------------------------------

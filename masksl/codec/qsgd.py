@@ -85,7 +85,7 @@ class StochasticQuantization(Compressor):
         symbols = torch.arange(2 ** _bits(levels))
         shares = ((symbols + 1) // 2).clamp(max=levels).double() / levels
         values = torch.where(symbols % 2 == 1, shares, -shares) * norm
-        values[0] = 0.0
+        values += 0.0  # no zero has a sign
         most = torch.finfo(header.dtype).max
         values = values.clamp(-most, most).to(planes.working_dtype(header.dtype))
         every = wire.to_device(values, device)

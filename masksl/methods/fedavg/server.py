@@ -103,11 +103,10 @@ class FedAvgServer(ServerMethod):
         clients = round_.manager.clients
         weights = [clients[number].train_samples for number in self._received]
         with round_.watch("server"):
-            mean = average(models, weights, torch.float64)
             if self.config.aggregate == "majority":
-                tensors = mean | self._outvoted(models)
+                tensors = self._outvoted(models, weights)
             else:
-                tensors = self._moved(mean)
+                tensors = self._moved(average(models, weights, torch.float64))
             if not all(map(all_finite, tensors.values())):
                 place = f"round {round_.number}, averaged model"
                 raise RunError(f"{place}: not finite")
@@ -134,9 +133,15 @@ class FedAvgServer(ServerMethod):
         kind = messages.MODEL if self._exact else UPDATE
         return decode_set(messages.set_of(content, kind), self.model.tensors)
 
-    def _outvoted(self, models: list[Tensors]) -> Tensors:
-        """Return the parameters after each went as most clients' did, or stayed."""
-        rate, tensors = self.config.server_lr, {}
+    def _outvoted(self, models: list[Tensors], weights: list[int]) -> Tensors:
+        """Return the new model: parameters go as most clients' did, or stay."""
+        parameters = set(self.model.parameters)
+        buffers = [
+            {name: t for name, t in model.items() if name not in parameters}
+            for model in models
+        ]
+        rate, tensors = self.config.server_lr, dict(self.model.tensors)
+        tensors |= average(buffers, weights, torch.float64)
         for name in self.model.parameters:
             own = self.model.tensors[name]
             votes = torch.zeros_like(own)

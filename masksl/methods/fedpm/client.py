@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from masksl.methods.fedpm.frozen import Frozen
 from masksl.methods.fedpm.messages import (
     DIGEST,
     MASK,
+    STATE,
     THETA,
     TRAIN,
     VOTES,
@@ -32,11 +34,9 @@ from masksl.training.compute import compute
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.schedule import Rates
-from masksl.training.tensors import Tensors
+from masksl.training.tensors import Tensors, all_finite
 
-# Groups of a client's state.
-MODEL = "theta"  # votes that count: `index` and `voters`; shared within a process
-MOMENTS = "moments."  # prefix of what the optimiser remembers, if it is kept
+MOMENTS = "moments."  # prefix of groups of what the optimiser remembers, if it is kept
 _SCORES = "scores"
 
 _CODER = make("mask")
@@ -66,8 +66,10 @@ def train(client: Client, content: RecordDict) -> RecordDict:
         training = _Training(client, shared.frozen, config)
         rates = client.setup.rates(place.round, rounds)
         scores = torch.from_numpy(theta.scores).to(client.setup.device)
-        loss, samples = training.run(scores, rates)
-        mask = _draw(client, place, torch.sigmoid(scores))
+        moments = training.moments()
+        loss, samples = training.run(scores, moments, rates)
+        with training.computing():
+            mask = _draw(client, place, torch.sigmoid(scores))
     reply = RecordDict({DIGEST: messages.raw_record(digest(shared.frozen, theta))})
     with client.watch("codec"):
         reference = reference_of(
@@ -75,6 +77,9 @@ def train(client: Client, content: RecordDict) -> RecordDict:
         )
         frame = _CODER.encode(mask, reference=reference)
         reply[MASK] = messages.frame_record(frame)
+    if config.keep_moments:
+        for group, tensors in moments.items():
+            client.state[MOMENTS + group] = tensors
     reply[messages.METRICS] = client.metrics(loss=loss, samples=samples)
     return reply
 
@@ -114,13 +119,17 @@ class _Training:
     frozen: Frozen
     config: FedPmConfig
 
-    def run(self, scores: torch.Tensor, rates: Rates) -> tuple[float, int]:
+    def run(
+        self, scores: torch.Tensor, moments: dict[str, Tensors], rates: Rates
+    ) -> tuple[float, int]:
         """Train for the local epochs of a round.
 
         Parameters
         ----------
         scores : torch.Tensor
             float32, shape (d,); changed in place.
+        moments : dict[str, dict[str, torch.Tensor]]
+            What the optimiser remembers; changed in place.
         rates : Rates
             Learning rates of the round.
 
@@ -132,10 +141,9 @@ class _Training:
         Raises
         ------
         NotFiniteError
-            If a loss is not finite; the text names the local step.
+            If a loss or the new scores are not finite.
         """
         client, setup = self.client, self.client.setup
-        moments = self._moments()
         total, samples = 0.0, 0
         steps = self.config.local_epochs * client.train_steps()
         for step in range(steps):
@@ -144,7 +152,7 @@ class _Training:
             loss, gradient = self._gradient(scores, images, labels, here)
             if gradient is None or not math.isfinite(loss):
                 raise NotFiniteError(f"loss of local step {step} not finite")
-            with compute(setup.threads, setup.device, 0, setup.compute):
+            with self.computing():
                 apply_gradients(
                     {_SCORES: scores},
                     {_SCORES: gradient},
@@ -154,12 +162,16 @@ class _Training:
                 )
             total += loss * len(labels)
             samples += len(labels)
-        if self.config.keep_moments:
-            for group, tensors in moments.items():
-                client.state[MOMENTS + group] = tensors
+        if not all_finite(scores):
+            raise NotFiniteError("scores not finite")
         return total / samples, samples
 
-    def _moments(self) -> dict[str, Tensors]:
+    def computing(self) -> AbstractContextManager[None]:
+        """Return the context of computations on scores."""
+        setup = self.client.setup
+        return compute(setup.threads, setup.device, 0, setup.compute)
+
+    def moments(self) -> dict[str, Tensors]:
         """Return what the optimiser remembers, {} where it begins anew."""
         client = self.client
         if not self.config.keep_moments:
@@ -186,7 +198,7 @@ class _Training:
         """
         client, setup, frozen = self.client, self.client.setup, self.frozen
         seed = client.seed("fedpm.batch", place)
-        with compute(setup.threads, setup.device, 0, setup.compute):
+        with self.computing():
             theta = torch.sigmoid(scores)
             weights = frozen.weights * (_uniform(frozen, seed) < theta)
         network = LocalNetwork(
@@ -200,7 +212,7 @@ class _Training:
         )
         if gradients is None:
             return loss, None
-        with compute(setup.threads, setup.device, 0, setup.compute):
+        with self.computing():
             gradient = frozen.flat(gradients).mul_(frozen.weights)
             gradient.mul_(theta * (1 - theta))
             if self.config.estimator == "probability":
@@ -244,7 +256,7 @@ def _receive(client: Client, content: RecordDict) -> Theta:
             shared.step = known = record, before, theta
         theta = known[2]
     if theta.voters:
-        client.state[MODEL] = theta.tensors()
+        client.state[STATE] = theta.tensors()
     shared.latest = theta
     return theta
 
@@ -252,9 +264,9 @@ def _receive(client: Client, content: RecordDict) -> Theta:
 def _theta(client: Client) -> Theta:
     """Return the probabilities that the client has."""
     shared, state = _shared(client), client.state
-    if MODEL not in state:
+    if STATE not in state:
         return shared.initial
-    theta = Theta.of_tensors(state[MODEL])
+    theta = Theta.of_tensors(state[STATE])
     latest = shared.latest
     return latest if latest is not None and _same(latest, theta) else theta
 

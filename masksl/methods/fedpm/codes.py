@@ -35,7 +35,7 @@ def start(
     Raises
     ------
     NetworkError
-        If the network has what no mask can stand for.
+        If the network has layers that are not supported.
     """
     frozen = Frozen.of(module, config.constant, derive_seed(seed, "fedpm.signs"))
     rule = Rule(config, derive_seed(seed, "fedpm.dither"))
@@ -45,7 +45,8 @@ def start(
 
 def digest(frozen: Frozen, theta: Theta) -> bytes:
     """Return 64 bits by which the two sides compare weights and probabilities."""
-    return xxhash.xxh3_64_digest(frozen.digest + theta.index.tobytes())
+    voters = theta.voters.to_bytes(4, "little")
+    return xxhash.xxh3_64_digest(frozen.digest + voters + theta.index.tobytes())
 
 
 def reference_of(

@@ -16,8 +16,8 @@ from masksl.methods.fedpm.theta import SCALE
 _UNIT = 256  # distances are in units of its inverse
 # Distances from the threshold, as differences of log-odds, that part the 32 bins.
 _BOUNDS = (0.02, 0.06, 0.12, 0.2, 0.3, 0.42, 0.55, 0.7, 0.9, 1.1, 1.4, 1.75, 2.25, 3, 4)
-_NEAR = 102  # .4: as far as this a vote may well have crossed over
-_MOST = 3  # near misses that are told apart
+_NEAR = 102  # .4: numbers this close to the threshold are counted
+_MOST = 3  # of them, at most
 
 
 def _bin_table() -> np.ndarray:
@@ -74,15 +74,15 @@ def bins(drawn: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the numbers of all voters of a round tell of the sum of their masks.
+    """A prediction of the sum of a round's masks, by the numbers of its voters.
 
     Parameters
     ----------
     ones : numpy.ndarray
         int32, shape (d,): the sum if nobody's probabilities had changed.
     contexts : numpy.ndarray
-        uint8, shape (d,), 0 to 15: how many numbers were near misses from above, and
-        from below, up to three each.
+        uint8, shape (d,), 0 to 15: how many numbers were close to the threshold, above
+        it and below, up to three each.
     """
 
     ones: np.ndarray

@@ -11,33 +11,31 @@ import xxhash
 from torch import nn
 
 from masksl.codec import philox
-from masksl.training.tensors import Tensors
+from masksl.training.flat import FlatParameters
 
 
 class NetworkError(ValueError):
-    """A network that has parameters or buffers which no mask can stand for."""
+    """A network with layers that are not supported."""
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(FlatParameters):
     """The frozen weights of a network, and how they lie in one vector.
 
     Parameters
     ----------
     shapes : dict[str, torch.Size]
         Shapes of the parameters by name, in order.
+    device : torch.device
+        Device of the vectors.
     signs : numpy.ndarray
         uint8, shape (d,): 1 for a negative weight.
     magnitudes : dict[str, float]
         Magnitude of the weights by the parameter's name.
-    device : torch.device
-        Device of the vectors.
     """
 
-    shapes: Mapping[str, torch.Size]
     signs: np.ndarray
     magnitudes: Mapping[str, float]
-    device: torch.device
 
     @classmethod
     def of(cls, module: nn.Module, constant: float, seed: int) -> "Frozen":
@@ -74,17 +72,8 @@ class Frozen:
         shapes = {name: parameter.shape for name, parameter in named.items()}
         count = sum(parameter.numel() for parameter in named.values())
         signs = philox.bits(seed, 0, count)
-        return cls(shapes, signs, magnitudes, next(iter(named.values())).device)
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Number of weights of each parameter."""
-        return [shape.numel() for shape in self.shapes.values()]
-
-    @property
-    def elements(self) -> int:
-        """Number of all weights, d."""
-        return len(self.signs)
+        device = next(iter(named.values())).device
+        return cls(shapes, device, signs, magnitudes)
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -107,13 +96,3 @@ class Frozen:
         packed = np.packbits(self.signs, bitorder="little")
         magnitudes = np.array([*self.magnitudes.values()], "<f8").tobytes()
         return xxhash.xxh3_64_digest(packed.tobytes() + magnitudes)
-
-    def named(self, flat: torch.Tensor) -> Tensors:
-        """Return the views of a vector by name; they share its memory."""
-        parts = flat.split(self.sizes)
-        pairs = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.view(shape) for (name, shape), part in pairs}
-
-    def flat(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the vector of tensors by name, a copy."""
-        return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])

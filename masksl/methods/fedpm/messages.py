@@ -8,12 +8,13 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from masksl.compress import FrameError
 from masksl.methods.fedpm.ballot import Ballot
-from masksl.methods.fedpm.theta import Theta
+from masksl.methods.fedpm.theta import MOST_VOTES, Theta
 from masksl.methods.fedpm.votes import decode_votes, encode_votes
 from masksl.runtime.messages import FRAMES, arrays_of, raw_of, raw_record
 
 TRAIN = "train.local"
 
+STATE = "theta"  # group of a client's state, and of the server's
 MASK = "mask"
 DIGEST = "digest"
 VOTES = "votes"  # of the round before
@@ -67,7 +68,7 @@ def theta_records(theta: Theta, dense: int) -> dict[str, ArrayRecord]:
 def theta_of(content: RecordDict, count: int) -> Theta:
     """Return the probabilities by all votes of a message."""
     (voters,) = _ROUND.unpack(raw_of(content, VOTERS, _ROUND.size))
-    if not 0 < voters < 2**16:
+    if not 0 < voters <= MOST_VOTES:
         raise FrameError(f"{voters} voters")
     votes = decode_votes(_frames_of(content, THETA), count, voters)
     return Theta.of_votes(votes, voters)

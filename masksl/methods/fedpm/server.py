@@ -16,12 +16,12 @@ from masksl.methods.base import ServerMethod, State
 from masksl.methods.evaluation import score_test_set
 from masksl.methods.fedpm import FedPmConfig
 from masksl.methods.fedpm.ballot import Ballot
-from masksl.methods.fedpm.client import MODEL
 from masksl.methods.fedpm.codes import digest, formula, reference_of, start
 from masksl.methods.fedpm.frozen import NetworkError
 from masksl.methods.fedpm.messages import (
     DIGEST,
     MASK,
+    STATE,
     THETA,
     TRAIN,
     VOTERS,
@@ -69,7 +69,7 @@ class _Version(NamedTuple):
 
 @dataclass
 class _Count:
-    """What a round has brought so far.
+    """The votes of a round so far.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class FedPmServer(ServerMethod):
         self.module = module
         self.frozen, self.rule, initial = start(module, config, self.run.seed)
         self.version = _Version(0, initial, initial)
-        self.scores: dict[str, float] = {}
+        self.accuracies: dict[str, float] = {}
         self._count = _Count(np.zeros(self.frozen.elements, np.int64))
         self._settings = settings
         self._label = f"code {config.code}"
@@ -192,7 +192,8 @@ class FedPmServer(ServerMethod):
         count, before = self._count, self.theta
         if not count.voters:
             return
-        with round_.watch("server"):
+        where = f"round {round_.number}, votes"
+        with ends_run(where), round_.watch("server"):
             voters = len(count.voters)
             theta = self.rule.count(before, count.votes, voters, round_.number)
         with round_.watch("codec"):
@@ -207,6 +208,9 @@ class FedPmServer(ServerMethod):
         """Add to a message what its client needs to have the current probabilities."""
         version = self.version
         if client.version == version.number:
+            return
+        if version.ballot is None:  # the start follows from the seed
+            client.version = version.number
             return
         recent = client.version == version.number - 1
         for name, record in self._records(VOTES if recent else THETA).items():
@@ -238,7 +242,7 @@ class FedPmServer(ServerMethod):
         generator = torch.Generator().manual_seed(round_.seed("fedpm.evaluation"))
         drawn = torch.rand(len(theta), generator=generator).to(theta.device)
         others = {"top1_drawn": (drawn < theta).float(), "top1_mean": theta}
-        self.scores = {
+        self.accuracies = {
             name: self._score(round_, mask).means()["top1"]
             for name, mask in others.items()
         }
@@ -269,7 +273,7 @@ class FedPmServer(ServerMethod):
             str(place): torch.from_numpy(np.frombuffer(data, np.uint8).copy())
             for place, data in enumerate(ballot.frames)
         }
-        groups = {MODEL: theta.tensors(), _BALLOT: frames}
+        groups = {STATE: theta.tensors(), _BALLOT: frames}
         if before.voters:
             groups[_BEFORE] = before.tensors()
         facts |= {"round": ballot.round, "voters": list(ballot.voters)}
@@ -289,7 +293,7 @@ class FedPmServer(ServerMethod):
         ballot = Ballot(facts["round"], tuple(facts["voters"]), data)
         earlier = group(tensors, _BEFORE)
         before = Theta.of_tensors(earlier) if earlier else initial
-        theta = Theta.of_tensors(group(tensors, MODEL))
+        theta = Theta.of_tensors(group(tensors, STATE))
         self.version = _Version(number, theta, before, ballot)
 
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
@@ -298,14 +302,14 @@ class FedPmServer(ServerMethod):
         own = {number: theta, number - 1: before}.get(client.version)
         if own is None or not own.voters:
             return {}
-        return {messages.STATE + MODEL: messages.state_record(own.tensors())}
+        return {messages.STATE + STATE: messages.state_record(own.tensors())}
 
     def metrics(self, round_: Round) -> dict[str, Any]:
         """Return bits a weight up and down, the paper's figure, and other scores."""
         formulas = self._count.formulas
         mean = sum(formulas) / len(formulas) if formulas else None
         bits = self._bits(round_.manager.ledger.round)
-        return bits | {"bits_formula": mean} | self.scores
+        return bits | {"bits_formula": mean} | self.accuracies
 
     def summary(
         self, rows: Sequence[Mapping[str, Any]], traffic: Traffic

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from masksl.codec import philox
+from masksl.compress import FrameError
 from masksl.training.tensors import Tensors
 
+MOST_VOTES = (1 << 16) - 1
 SCALE = 1 << 16  # thresholds are probabilities in units of its inverse
 _QUANTILES = 1 << 10  # levels at the start
 _POOLED = 64  # levels that a mask is coded by, at most
@@ -71,8 +73,17 @@ class Theta:
         ones : numpy.ndarray
             Votes for each weight, shape (d,), 0 to ``voters``.
         voters : int
-            Number of votes, V, 1 to 65535.
+            Number of votes, V.
+
+        Raises
+        ------
+        FrameError
+            If it is not from 1 to 65535.
         """
+        if not 0 < voters <= MOST_VOTES:
+            raise FrameError(
+                f"{voters} votes: must be 1 to {MOST_VOTES}, set method.reset_every"
+            )
         levels = np.arange(voters + 1)
         table = (voters + (_SMOOTHING - 2) * levels) / (_SMOOTHING * voters)
         return cls(ones.astype(np.uint16), voters, table)

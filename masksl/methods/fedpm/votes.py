@@ -14,6 +14,7 @@ from masksl.codec import wire
 from masksl.compress import FrameError, decode, make
 
 _MASK = make("mask")
+_MOST = 2**16  # levels of a mask
 
 
 def encode_votes(
@@ -28,7 +29,8 @@ def encode_votes(
     most : int
         The largest that is possible, at least 1.
     contexts : numpy.ndarray | None
-        Whole numbers, shape (d,), less than 65536 / ``most``.
+        Whole numbers from 0 on, shape (d,). Left out where there would be too many
+        together with the bits.
 
     Returns
     -------
@@ -36,7 +38,7 @@ def encode_votes(
         A frame for each bit, the highest first.
     """
     frames = []
-    above = _start(len(votes), contexts)
+    above = _start(len(votes), most, contexts)
     for place in reversed(range(most.bit_length())):
         bit = votes.astype(np.int64) >> place & 1
         frames.append(
@@ -76,7 +78,7 @@ def decode_votes(
     """
     if len(frames) != most.bit_length():
         raise FrameError(f"{len(frames)} frames of votes up to {most}")
-    above, votes = _start(count, contexts), np.zeros(count, np.int64)
+    above, votes = _start(count, most, contexts), np.zeros(count, np.int64)
     for frame in frames:
         reference = torch.from_numpy(above)
         bit = decode_mask(frame, count, reference).astype(np.int64)
@@ -118,8 +120,8 @@ def decode_mask(frame: bytes, count: int, reference: torch.Tensor | None) -> np.
     return mask.view(torch.uint8).numpy()
 
 
-def _start(count: int, contexts: np.ndarray | None) -> np.ndarray:
+def _start(count: int, most: int, contexts: np.ndarray | None) -> np.ndarray:
     """Return the context of the highest bit."""
-    if contexts is None:
+    if contexts is None or (int(contexts.max()) + 1) << (most.bit_length() - 1) > _MOST:
         return np.zeros(count, np.int64)
     return contexts.astype(np.int64)

@@ -1,9 +1,6 @@
 """The parameters of a network as one vector, and the vectors that workers upload."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +19,8 @@ from masksl.compress import (
 )
 from masksl.methods.sasg.selection import joined_selection
 from masksl.runtime.compressors import EXACT
+from masksl.training.flat import FlatParameters
 from masksl.training.tensors import Tensors, all_finite
-
-Shapes = dict[str, torch.Size]
 
 _ALL = "parameters"  # the whole vector as one tensor
 _BLOCK = 2**14  # elements that are squared together: 128 KiB in float64
@@ -64,20 +60,8 @@ class Vector(NamedTuple):
         Vector(self.positions, -self.values).add_to(total)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the parameters of a network lie in one vector.
-
-    Parameters
-    ----------
-    shapes : dict[str, torch.Size]
-        Shapes of the parameters by name, in order.
-    device : torch.device
-        Device of the vectors.
-    """
-
-    shapes: Shapes
-    device: torch.device
+class Layout(FlatParameters):
+    """How the parameters of a network lie in one vector, and how it is sent."""
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layout":
@@ -85,26 +69,6 @@ class Layout:
         named = dict(module.named_parameters())
         device = next(iter(named.values())).device
         return cls({name: p.shape for name, p in named.items()}, device)
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Number of elements of each parameter."""
-        return [prod(shape) for shape in self.shapes.values()]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements of all parameters, d."""
-        return sum(self.sizes)
-
-    def named(self, flat: torch.Tensor) -> Tensors:
-        """Return the views of a vector by name; they share its memory."""
-        parts = flat.split(self.sizes)
-        pairs = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.view(shape) for (name, shape), part in pairs}
-
-    def flat(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the vector of tensors by name, a copy."""
-        return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
 
     def scaled(self, tensors: Mapping[str, torch.Tensor], rate: float) -> torch.Tensor:
         """Return the vector of tensors by name, multiplied by a number."""

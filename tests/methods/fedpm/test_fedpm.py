@@ -14,7 +14,7 @@ from masksl import model
 from masksl.codec import philox
 from masksl.compress import FrameError, make
 from masksl.config import ConfigError
-from masksl.methods.client import Place
+from masksl.methods.client import Place, place_of
 from masksl.methods.fedpm import CODES, FedPmConfig
 from masksl.methods.fedpm import client as side
 from masksl.methods.fedpm.ballot import Ballot
@@ -150,6 +150,12 @@ def test_thresholds_are_whole_numbers_on_every_machine() -> None:
     assert np.array_equal(restored.index, theta.index) and restored.voters == 10
 
 
+def test_more_votes_than_a_level_can_be_are_refused() -> None:
+    theta = Theta.of_votes(np.array([65_535, 0]), 65_535)
+    with pytest.raises(FrameError, match="^65536 votes: must be 1 to 65535, set meth"):
+        theta.after(np.array([1, 0]), 1, anew=False)
+
+
 @pytest.mark.parametrize(
     ("every", "first", "anew"),
     [
@@ -179,11 +185,17 @@ def test_votes_are_coded_exactly(most: int, with_contexts: bool) -> None:
     ):
         frames = encode_votes(votes, most, contexts)
         assert np.array_equal(decode_votes(frames, 3000, most, contexts), votes)
-    if contexts is not None and most > 1:
-        frames = encode_votes(rng.integers(0, most + 1, 3000), most, contexts * 0 + 3)
-        other = frames[:-1] + encode_votes(np.full(3000, most), most, contexts)[-1:]
-        with pytest.raises(FrameError):
-            decode_votes(other[1:], 3000, most, contexts)
+
+
+def test_votes_need_their_contexts() -> None:
+    contexts = np.arange(3000) % 16
+    frames = encode_votes((contexts > 7) * 2, 2, contexts)
+    with pytest.raises(FrameError, match="another reference"):
+        decode_votes(frames, 3000, 2, contexts[::-1])
+    many = 2**13  # contexts that would be too many are left out
+    frames = encode_votes((contexts > 7) * many, many, contexts)
+    assert frames == encode_votes((contexts > 7) * many, many)
+    assert decode_votes(frames, 3000, many, contexts).max() == many
 
 
 def test_coded_votes_take_what_their_shares_do() -> None:
@@ -381,6 +393,60 @@ def test_training_is_the_same_whichever_code_carries_the_masks() -> None:
         assert run.losses[-1] < run.losses[0]
         sent = run.traffic.bytes(MASK) * 8 / (9 * ELEMENTS)
         assert run.server.summary([], run.traffic)["bits_up"] == pytest.approx(sent)
+
+
+def test_training_is_the_same_whichever_way_votes_come_down() -> None:
+    rows = []
+    for down in ("full", "previous", "dither"):
+        run = train(*SMALL, "method.code=dither", f"method.down={down}")
+        own = [{k: v for k, v in row.items() if k != "bits_down"} for row in run.rows]
+        for row in own:
+            row["bytes"] = row["bytes"]["training"]["up"]
+            del row["link_seconds"]
+        rows.append(untimed(own))
+    assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("method.code=dither",),
+        ("method.reset_every=0",),
+        ("method.code=dither", "method.keep_moments=true"),
+    ],
+    ids=str,
+)
+def test_a_client_that_failed_gets_all_votes(options: tuple[str, ...]) -> None:
+    """It fails before training in one round, after it in another."""
+    training = prepare(settings_of(*SMALL, *options, "rounds=4"))
+    handlers: Any = training.client(0).setup.method.handlers
+    real = handlers[TRAIN]
+
+    def fail(client: Any, content: RecordDict) -> RecordDict:
+        round_ = place_of(content).round
+        if client.number == 1 and round_ == 1:
+            raise OSError("before")
+        reply: RecordDict = real(client, content)
+        if client.number == 1 and round_ == 3:
+            raise OSError("after")
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(handlers, TRAIN, fail)
+        for number in range(1, 5):
+            training.strategy.run_round(training.grid, number, 4)
+            voters = training.server.version.ballot.voters
+            assert voters == ((0, 2) if number in (1, 3) else (0, 1, 2))
+    down = [row["bytes"]["training"].get("down", {}) for row in training.rows]
+    assert [THETA in kinds for kinds in down] == [False, True, False, True]
+    total = 10 if options == ("method.reset_every=0",) else 3
+    assert training.server.theta.voters == total
+
+
+def test_scores_that_are_not_finite_end_the_run() -> None:
+    options = ("optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.weight_decay=0.1")
+    with pytest.raises(RunError, match="client 0, code theta: scores not finite"):
+        train(*SMALL, *options)
 
 
 def test_bytes_by_hand() -> None:
