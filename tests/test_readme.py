@@ -111,7 +111,7 @@ def test_python_blocks_run_and_print_what_they_say(page: Path) -> None:
     for line, number in zip(printed.getvalue().splitlines(), said, strict=False):
         if number[0].isdigit():
             assert f"{float(line):.4f}" == number
-    assert page != README or len(said) == 2
+    assert page.name != "compressors.md" or len(said) == 3
 
 
 @every_page

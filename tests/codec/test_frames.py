@@ -61,6 +61,7 @@ CASES = [
     ("mask", {"code": "packed"}),
     ("mask", {"code": "auto"}),  # by a reference
 ]
+TRIES = 4000  # altered frames of a case
 GRID = (torch.arange(24).view(2, 3, 4) * 5 % 17 - 8).float() / 4
 # Maps, and a mask and its reference, large enough for coded parts to be the smallest.
 MAPS = (torch.arange(384).view(2, 3, 8, 8) // 5 * 7 % 40 // 3).float() ** 2
@@ -231,7 +232,7 @@ def test_every_truncation_is_refused(case: tuple[str, Any]) -> None:
 def test_every_alteration_is_refused(case: tuple[str, Any]) -> None:
     frame, given = encoded(case, sample())
     rng = random.Random(0)
-    for _ in range(10_000):
+    for _ in range(TRIES):
         altered = bytearray(frame)
         altered[rng.randrange(len(frame))] ^= rng.randrange(1, 256)
         with pytest.raises(FrameError):
@@ -246,7 +247,7 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
     start = len(frame) - len(wire.parse(frame)[1])
     rng = random.Random(1)
     refused = 0
-    for _ in range(10_000):
+    for _ in range(TRIES):
         altered = bytearray(frame)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(4, start if rng.random() < 0.8 else len(frame))
@@ -267,7 +268,7 @@ def test_crafted_frames_are_refused_or_whole(case: tuple[str, Any]) -> None:
                 dropped = torch.ones(decoded.numel(), dtype=torch.bool)
                 dropped[positions] = False
                 assert not decoded.view(-1)[dropped].any()
-    assert refused > 3000
+    assert refused > 0.3 * TRIES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
