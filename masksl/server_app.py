@@ -191,6 +191,7 @@ def run(grid: Grid, settings: Settings, folder: Path) -> None:
             recorder.begin(strategy, saved)
             strategy.start(grid, num_rounds=run_config.rounds)
         summary = strategy.summarize(recorder.rows, time.monotonic() - began)
+        results.add_files(strategy.method.files())
         results.finish(summary)
         tracker.on_summary(summary)
     print_summary(summary, strategy.method.labels, str(folder.resolve()))

@@ -82,6 +82,10 @@ class ServerMethod(ABC):
     def load(self, state: State) -> None:
         """Restore what `state` returned; tensors may be on another device."""
 
+    def files(self) -> Mapping[str, bytes]:
+        """Return files that a finished run leaves in its folder, content by name."""
+        return {}
+
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
         """Return the records that a restarted client needs from the server."""
         del client

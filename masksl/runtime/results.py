@@ -58,6 +58,11 @@ class RunFolder:
         """Append a disturbance that did not end the run."""
         _append(self.path / EVENTS, event)
 
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        """Write the method's own files, content by name."""
+        for name, content in files.items():
+            write_whole(self.path / name, content)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the curves and then the summary, with which the run is finished."""
         draw_curves(read_rows(self.path), self.path / CURVES)

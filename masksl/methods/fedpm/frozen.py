@@ -32,10 +32,16 @@ class Frozen(FlatParameters):
         uint8, shape (d,): 1 for a negative weight.
     magnitudes : dict[str, float]
         Magnitude of the weights by the parameter's name.
+    constant : float
+        Magnitude of a weight of fan-in 1.
+    seed : int
+        Seed of the signs.
     """
 
     signs: np.ndarray
     magnitudes: Mapping[str, float]
+    constant: float
+    seed: int
 
     @classmethod
     def of(cls, module: nn.Module, constant: float, seed: int) -> "Frozen":
@@ -73,7 +79,7 @@ class Frozen(FlatParameters):
         count = sum(parameter.numel() for parameter in named.values())
         signs = philox.bits(seed, 0, count)
         device = next(iter(named.values())).device
-        return cls(shapes, device, signs, magnitudes)
+        return cls(shapes, device, signs, magnitudes, constant, seed)
 
     @cached_property
     def weights(self) -> torch.Tensor:

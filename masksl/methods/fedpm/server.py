@@ -10,11 +10,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
-from masksl.compress import make
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.evaluation import score_test_set
-from masksl.methods.fedpm import FedPmConfig
+from masksl.methods.fedpm import FedPmConfig, artefact
 from masksl.methods.fedpm.ballot import Ballot
 from masksl.methods.fedpm.codes import digest, formula, reference_of, start
 from masksl.methods.fedpm.frozen import NetworkError
@@ -31,7 +30,7 @@ from masksl.methods.fedpm.messages import (
 )
 from masksl.methods.fedpm.theta import Theta
 from masksl.methods.fedpm.votes import decode_mask
-from masksl.methods.network import initial_units
+from masksl.methods.network import initial_units, spec_of
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo, ClientManager
 from masksl.runtime.ledger import Traffic
@@ -246,12 +245,22 @@ class FedPmServer(ServerMethod):
             name: self._score(round_, mask).means()["top1"]
             for name, mask in others.items()
         }
-        return self._score(round_, self.artefact.to(theta.device).float())
+        return self._score(round_, torch.from_numpy(self.mask).to(theta.device).float())
 
     @property
-    def artefact(self) -> torch.Tensor:
+    def mask(self) -> np.ndarray:
         """The mask of the model that a run is about, bool, shape (d,)."""
-        return torch.from_numpy(self.theta.probabilities >= 0.5)
+        return self.theta.probabilities >= 0.5
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the model that a run is about, see `artefact.load`."""
+        spec = spec_of(self._settings)
+        network = {
+            "model": self._settings["model.name"],
+            "classes": spec.classes,
+            "channels": spec.channels,
+        }
+        return {artefact.NAME: artefact.dump(self.frozen, self.mask, network)}
 
     def _score(self, round_: Round, mask: torch.Tensor) -> Score:
         """Score the network with a mask, or with shares of its weights."""
@@ -316,9 +325,8 @@ class FedPmServer(ServerMethod):
     ) -> dict[str, Any]:
         """Return bits a weight over the whole run, and the size of the model."""
         del rows
-        layers = self.frozen.layers
-        model = make("mask").encode(self.artefact, reference=layers)
-        sizes = {"elements": self.frozen.elements, "model_bytes": len(model)}
+        size = len(artefact.encode_mask(self.frozen, self.mask))
+        sizes = {"elements": self.frozen.elements, "model_bytes": size}
         return self._bits(traffic) | sizes
 
     def _bits(self, traffic: Traffic) -> dict[str, float]:

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from masksl import main
+from masksl.compress import FrameError
+from masksl.dataset import DatasetConfig, load
+from masksl.methods.fedpm import artefact
 from masksl.runtime import checkpoint, results
+from masksl.settings import read
 from tests.conftest import settings_of, untimed
 from tests.runtime.test_checkpoint import run, run_until
 
@@ -44,6 +48,35 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     resume = f"resume={tmp_path}/second"
     assert run(tmp_path / "third", *SMALL, *options, resume) == expected
     same_tensors(tmp_path / "whole", tmp_path / "third")
+
+
+def test_the_model_of_a_run_is_a_plain_module(tmp_path: Path) -> None:
+    settings = settings_of(*SMALL)
+    main.run(settings, tmp_path)
+    file = tmp_path / artefact.NAME
+    network = artefact.load(file)
+    images, labels = load(read(DatasetConfig, settings, "dataset")).test_batch(
+        torch.arange(40)
+    )
+    with torch.no_grad():
+        right = (network(images).argmax(1) == labels).float().mean()
+    summary = results.read_summary(tmp_path)
+    assert float(right) == pytest.approx(summary["top1"])
+    kept = sum(int((p != 0).sum()) for p in network.parameters())
+    assert 0 < kept < summary["elements"]
+    content = file.read_bytes()
+    line, _, frame = content.partition(b"\n")
+    assert len(frame) == summary["model_bytes"] and len(line) < 150
+    for broken in (
+        content[:-1],
+        b"{}\n" + frame,
+        content.replace(b"mlp_digits", b"mlp_dig1ts"),
+        content.replace(b"mlp_digits", b"mlp_128"),
+        frame,
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(FrameError):
+            artefact.load(file)
 
 
 @pytest.mark.slow
