@@ -77,6 +77,7 @@ def test_several_calls_per_host_change_nothing(
     assert rows == untimed(train(*overrides).rows)
 
 
+@pytest.mark.slow
 def test_seventy_clients_change_nothing(tmp_path: Path) -> None:
     job = (
         *("rounds=2", "clients=70", "dataset.limit=280", "dataset.test_limit=70"),

@@ -99,7 +99,10 @@ def test_engines_agree_on_who_is_left_out(name: str, tmp_path: Path) -> None:
     ("sync", "portion", "places"),
     [
         ("round", packing.PORTION, ["evaluate 1 0 2", "forward 2 1 3"]),
-        ("never", packing.PORTION, ["save 0 0 2", "backward 3 1 0"]),
+        pytest.param(
+            *("never", packing.PORTION, ["save 0 0 2", "backward 3 1 0"]),
+            marks=pytest.mark.slow,
+        ),
         ("step", 1, ["backward 2 0 1"]),  # a call a message
     ],
 )
