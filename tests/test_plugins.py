@@ -30,7 +30,7 @@ from masksl.compress import Compressor, register
 class Sign(Compressor):
     """One bit an element."""
 
-    name: ClassVar[str] = "sign"
+    name: ClassVar[str] = "signs"
     scale: float = 1.0
 
     def pack(self, flat, shape, bounds, *, seed, training):
@@ -52,13 +52,13 @@ class Sign(Compressor):
 def test_a_compressor_of_ones_own(engine: str, tmp_path: Path) -> None:
     (tmp_path / "one_bit.py").write_text(MODULE, encoding="utf-8")
     (tmp_path / "conf/compressor").mkdir(parents=True)
-    file = tmp_path / "conf/compressor/sign.yaml"
-    file.write_text("name: sign\nscale: 1.5\n", encoding="utf-8")
+    file = tmp_path / "conf/compressor/signs.yaml"
+    file.write_text("name: signs\nscale: 1.5\n", encoding="utf-8")
     overrides = (
         f"engine={engine}",
         f"hydra.searchpath=[file://{tmp_path}/conf]",
         "plugins=[one_bit]",
-        "compressor=sign",
+        "compressor=signs",
         "rounds=1",
         "clients=2",
         "dataset.limit=60",
@@ -75,5 +75,5 @@ def test_a_compressor_of_ones_own(engine: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     summary = results.read_summary(tmp_path / "run")
-    assert summary["compressor"] == "sign"
+    assert summary["compressor"] == "signs"
     assert 1.0 < summary["bits_per_element"] < 1.1
