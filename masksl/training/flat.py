@@ -27,9 +27,9 @@ class FlatParameters:
     device: torch.device
 
     @cached_property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """Number of elements of each parameter."""
-        return [shape.numel() for shape in self.shapes.values()]
+        return tuple(shape.numel() for shape in self.shapes.values())
 
     @property
     def elements(self) -> int:

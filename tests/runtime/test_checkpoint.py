@@ -48,6 +48,30 @@ def run_until(folder: Path, last: int, *overrides: str) -> None:
             run(folder, *overrides)
 
 
+def check_resumed(folder: Path, *overrides: str) -> None:
+    """Check that a run which is broken off twice ends as an undisturbed one.
+
+    Their folders are ``third`` and ``whole``.
+    """
+    expected = run(folder / "whole", *overrides)
+    run_until(folder / "first", 1, *overrides)
+    run_until(folder / "second", 3, *overrides, f"resume={folder}/first")
+    assert run(folder / "third", *overrides, f"resume={folder}/second") == expected
+
+
+def same_checkpoints(one: Path, other: Path, least: int) -> dict[str, Any]:
+    """Check that the last checkpoints of two runs are the same; return their facts.
+
+    They hold more than ``least`` tensors.
+    """
+    (ours, facts), (theirs, others) = checkpoint.read(one), checkpoint.read(other)
+    assert ours.keys() == theirs.keys() and len(ours) > least
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert facts["method"] == others["method"]
+    assert facts["versions"] == others["versions"]
+    return facts
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

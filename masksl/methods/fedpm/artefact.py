@@ -18,8 +18,6 @@ from masksl.methods.fedpm.votes import decode_mask
 
 NAME = "model.fedpm"
 
-_KEYS = {"model": str, "classes": int, "channels": int, "constant": float, "seed": int}
-
 
 def encode_mask(frozen: Frozen, mask: np.ndarray) -> bytes:
     """Return the frame of a mask, bool, shape (d,), coded by parameter."""
@@ -63,10 +61,9 @@ def load(path: str | Path) -> nn.Module:
     line, _, frame = Path(path).read_bytes().partition(b"\n")
     try:
         facts = json.loads(line)
-        found = {key: kind(facts[key]) for key, kind in _KEYS.items()}
-        shape = str(found["model"]), int(found["classes"]), int(found["channels"])
+        shape = facts["model"], int(facts["classes"]), int(facts["channels"])
         module = nn.Sequential(*model.build(*shape, seed=0))
-        frozen = Frozen.of(module, float(found["constant"]), int(found["seed"]))
+        frozen = Frozen.of(module, float(facts["constant"]), int(facts["seed"]))
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"{path}: no model of FedPM ({error})") from error
     mask = torch.from_numpy(decode_mask(frame, frozen.elements, frozen.layers))

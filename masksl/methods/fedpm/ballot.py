@@ -41,11 +41,8 @@ class Ballot:
         rule: "Rule",
     ) -> "Ballot":
         """Encode the votes of a round that began with some probabilities."""
-        residual, contexts = votes, rule.contexts(theta, len(voters))
-        if rule.config.way_down == "dither":
-            predicted = rule.prediction(theta, round_, voters)
-            residual = (votes - predicted.ones) % (len(voters) + 1)
-            contexts = predicted.contexts
+        expected, contexts = rule.expected(theta, round_, voters)
+        residual = (votes - expected) % (len(voters) + 1)
         frames = encode_votes(residual, len(voters), contexts)
         return cls(round_, tuple(voters), tuple(frames))
 
@@ -58,14 +55,9 @@ class Ballot:
             If a frame is broken, or was encoded by other probabilities.
         """
         most, count = len(self.voters), len(before.index)
-        contexts = rule.contexts(before, most)
-        predicted = None
-        if rule.config.way_down == "dither":
-            predicted = rule.prediction(before, self.round, self.voters)
-            contexts = predicted.contexts
-        votes = decode_votes(self.frames, count, most, contexts)
-        if predicted is not None:
-            votes = (votes + predicted.ones) % (most + 1)
+        expected, contexts = rule.expected(before, self.round, self.voters)
+        residual = decode_votes(self.frames, count, most, contexts)
+        votes = (residual + expected) % (most + 1)
         return rule.count(before, votes, most, self.round)
 
 
@@ -88,14 +80,21 @@ class Rule:
         """Return the probabilities after the votes of a round."""
         return theta.after(votes, voters, anew=self.config.begins_anew(round_))
 
-    def contexts(self, theta: Theta, most: int) -> np.ndarray | None:
-        """Return what votes are coded by, None if by their own shares alone."""
-        if self.config.way_down == "full" or most.bit_length() > _CONTEXT_BITS:
-            return None
-        return theta.levels
-
-    def prediction(
+    def expected(
         self, theta: Theta, round_: int, voters: Sequence[int]
-    ) -> Prediction:
-        """Predict the votes of a round by the numbers of its voters."""
-        return Prediction.of(self.seed, round_, voters, theta.thresholds)
+    ) -> tuple[np.ndarray | int, np.ndarray | None]:
+        """Return what both sides know of the votes of a round.
+
+        Returns
+        -------
+        tuple[numpy.ndarray | int, numpy.ndarray | None]
+            The votes that are expected, of which the difference is sent, modulo one
+            more than the voters; and contexts, None if there are none.
+        """
+        way = self.config.way_down
+        if way == "dither":
+            predicted = Prediction.of(self.seed, round_, voters, theta.thresholds)
+            return predicted.ones, predicted.contexts
+        if way == "full" or len(voters).bit_length() > _CONTEXT_BITS:
+            return 0, None
+        return 0, theta.levels

@@ -20,7 +20,6 @@ from masksl.methods.fedpm.frozen import Frozen
 from masksl.methods.fedpm.messages import (
     DIGEST,
     MASK,
-    STATE,
     THETA,
     TRAIN,
     VOTES,
@@ -29,7 +28,7 @@ from masksl.methods.fedpm.messages import (
 )
 from masksl.methods.fedpm.theta import SCALE, Theta
 from masksl.runtime import messages
-from masksl.settings import Settings
+from masksl.settings import Settings, read
 from masksl.training.compute import compute
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
@@ -88,8 +87,7 @@ def own_state(settings: Settings) -> Sequence[str]:
     """Return the names of what only the client knows."""
     if not settings["method.keep_moments"]:
         return ()
-    name = "adam" if settings["optimizer.name"] == "adam" else "sgd"
-    optimizer = OptimizerConfig(name=name)
+    optimizer = read(OptimizerConfig, settings, "optimizer")
     return tuple(MOMENTS + group for group in optimizer.states)
 
 
@@ -256,7 +254,7 @@ def _receive(client: Client, content: RecordDict) -> Theta:
             shared.step = known = record, before, theta
         theta = known[2]
     if theta.voters:
-        client.state[STATE] = theta.tensors()
+        client.state[THETA] = theta.tensors()
     shared.latest = theta
     return theta
 
@@ -264,9 +262,9 @@ def _receive(client: Client, content: RecordDict) -> Theta:
 def _theta(client: Client) -> Theta:
     """Return the probabilities that the client has."""
     shared, state = _shared(client), client.state
-    if STATE not in state:
+    if THETA not in state:
         return shared.initial
-    theta = Theta.of_tensors(state[STATE])
+    theta = Theta.of_tensors(state[THETA])
     latest = shared.latest
     return latest if latest is not None and _same(latest, theta) else theta
 

@@ -14,12 +14,11 @@ from masksl.runtime.messages import FRAMES, arrays_of, raw_of, raw_record
 
 TRAIN = "train.local"
 
-STATE = "theta"  # group of a client's state, and of the server's
 MASK = "mask"
 DIGEST = "digest"
 VOTES = "votes"  # of the round before
 VOTERS = "voters"  # that round, and who voted; with all votes how many they were
-THETA = "theta"  # all votes that count
+THETA = "theta"  # all votes that count; also the group of them in a state
 
 _ROUND = struct.Struct("<I")
 

@@ -20,7 +20,6 @@ from masksl.methods.fedpm.frozen import NetworkError
 from masksl.methods.fedpm.messages import (
     DIGEST,
     MASK,
-    STATE,
     THETA,
     TRAIN,
     VOTERS,
@@ -282,7 +281,7 @@ class FedPmServer(ServerMethod):
             str(place): torch.from_numpy(np.frombuffer(data, np.uint8).copy())
             for place, data in enumerate(ballot.frames)
         }
-        groups = {STATE: theta.tensors(), _BALLOT: frames}
+        groups = {THETA: theta.tensors(), _BALLOT: frames}
         if before.voters:
             groups[_BEFORE] = before.tensors()
         facts |= {"round": ballot.round, "voters": list(ballot.voters)}
@@ -302,7 +301,7 @@ class FedPmServer(ServerMethod):
         ballot = Ballot(facts["round"], tuple(facts["voters"]), data)
         earlier = group(tensors, _BEFORE)
         before = Theta.of_tensors(earlier) if earlier else initial
-        theta = Theta.of_tensors(group(tensors, STATE))
+        theta = Theta.of_tensors(group(tensors, THETA))
         self.version = _Version(number, theta, before, ballot)
 
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
@@ -311,7 +310,7 @@ class FedPmServer(ServerMethod):
         own = {number: theta, number - 1: before}.get(client.version)
         if own is None or not own.voters:
             return {}
-        return {messages.STATE + STATE: messages.state_record(own.tensors())}
+        return {messages.STATE + THETA: messages.state_record(own.tensors())}
 
     def metrics(self, round_: Round) -> dict[str, Any]:
         """Return bits a weight up and down, the paper's figure, and other scores."""

@@ -1,7 +1,7 @@
 """Which elements of a vector of all parameters are sent."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 
@@ -52,8 +52,9 @@ class _Largest(Sparsification):
         return torch.cat(chosen)
 
 
+@lru_cache(maxsize=8)
 def joined_selection(
-    compressor: Compressor, sizes: Sequence[int]
+    compressor: Compressor, sizes: tuple[int, ...]
 ) -> Sparsification | None:
     """Return what encodes a vector as one tensor, and keeps what a compressor keeps.
 
@@ -65,7 +66,7 @@ def joined_selection(
     ----------
     compressor : Compressor
         Keeps elements of each tensor.
-    sizes : Sequence[int]
+    sizes : tuple[int, ...]
         Number of elements of each tensor.
     """
     if isinstance(compressor, _Nonzero):
@@ -75,4 +76,4 @@ def joined_selection(
     if (compressor.scope, compressor.lossless) != ("tensor", "none"):
         return None
     own = {f.name: getattr(compressor, f.name) for f in fields(compressor)}
-    return _Largest(**own, sizes=tuple(sizes))
+    return _Largest(**own, sizes=sizes)

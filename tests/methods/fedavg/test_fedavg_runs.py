@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from masksl import main
-from masksl.runtime import checkpoint, results
+from masksl.runtime import results
 from tests.conftest import settings_of, untimed
-from tests.runtime.test_checkpoint import run, run_until
+from tests.runtime.test_checkpoint import check_resumed, run, same_checkpoints
 
 SMALL = (
     *("method=fedavg", "rounds=4", "clients=4", "dataset.limit=130"),
@@ -31,23 +30,14 @@ OPTIONS = [
 
 def same_tensors(one: Path, other: Path) -> None:
     """Assert that the last checkpoints of two runs hold the same tensors."""
-    (ours, facts), (theirs, others) = checkpoint.read(one), checkpoint.read(other)
-    assert ours.keys() == theirs.keys() and len(ours) > 5
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert facts["method"] == others["method"] == {"version": 4}
-    assert facts["versions"] == others["versions"]
+    assert same_checkpoints(one, other, 5)["method"] == {"version": 4}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_resumed_run_equals_an_undisturbed_one(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    expected = run(tmp_path / "whole", *SMALL, *options)
-    run_until(tmp_path / "first", 1, *SMALL, *options)
-    resume = f"resume={tmp_path}/first"
-    run_until(tmp_path / "second", 3, *SMALL, *options, resume)
-    resume = f"resume={tmp_path}/second"
-    assert run(tmp_path / "third", *SMALL, *options, resume) == expected
+    check_resumed(tmp_path, *SMALL, *options)
     same_tensors(tmp_path / "whole", tmp_path / "third")
 
 

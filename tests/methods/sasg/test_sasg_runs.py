@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from masksl import main
-from masksl.runtime import checkpoint, results
+from masksl.runtime import results
 from tests.conftest import settings_of, untimed
-from tests.runtime.test_checkpoint import run, run_until
+from tests.runtime.test_checkpoint import check_resumed, run, same_checkpoints
 
 # With BatchNorm; an epoch has four iterations, the rule begins in the second one.
 SMALL = (
@@ -30,12 +29,9 @@ OPTIONS = [
 
 def same_tensors(one: Path, other: Path) -> None:
     """Assert that the last checkpoints of two runs are the same."""
-    (ours, facts), (theirs, others) = checkpoint.read(one), checkpoint.read(other)
-    assert ours.keys() == theirs.keys() and len(ours) > 20
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert facts["method"] == others["method"]
+    facts = same_checkpoints(one, other, 20)
     assert facts["method"]["version"] == 16
-    assert facts["versions"] == others["versions"] == [15] * 4
+    assert facts["versions"] == [15] * 4
 
 
 QUICK = (0, 1, 3)  # of these options; the others are slow
@@ -49,12 +45,7 @@ SOME = [
 def test_a_resumed_run_equals_an_undisturbed_one(
     options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    expected = run(tmp_path / "whole", *SMALL, *options)
-    run_until(tmp_path / "first", 1, *SMALL, *options)
-    resume = f"resume={tmp_path}/first"
-    run_until(tmp_path / "second", 3, *SMALL, *options, resume)
-    resume = f"resume={tmp_path}/second"
-    assert run(tmp_path / "third", *SMALL, *options, resume) == expected
+    check_resumed(tmp_path, *SMALL, *options)
     rows = results.read_rows(tmp_path / "whole")
     adaptive = "method.adaptive=false" not in options
     assert (sum(row["skips"] for row in rows) > 0) == adaptive
