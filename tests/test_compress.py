@@ -397,7 +397,8 @@ def check_scales(
         for a, b in zip(got, x, strict=True):
             slack = eps * math.sqrt(squares) + least
             assert abs(a - b) <= unit + slack  # one of the levels around it
-            assert abs(a / (unit or 1) - round(a / (unit or 1))) < 0.02
+            level = round(a / (unit or 1)) * unit
+            assert abs(a - level) <= 0.02 * unit + least
     else:
         inner = math.fsum(a * b for a, b in zip(got, x, strict=True))
         slack = eps * math.fsum(abs(a * b) for a, b in zip(got, x, strict=True))
