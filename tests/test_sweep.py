@@ -145,6 +145,7 @@ def test_runs_that_fail_do_not_stop_the_others(
     assert len(finished(folder)) == RUNS - 2
 
 
+@pytest.mark.slow
 def test_damaged_runs_go_on_from_their_checkpoints(
     undisturbed: Path, tmp_path: Path
 ) -> None:

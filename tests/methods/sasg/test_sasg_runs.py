@@ -58,7 +58,6 @@ EVERYWHERE = ("train.gradient 1 3", "evaluate.buffers 2 0", "train.gradient 3 2"
 @pytest.mark.parametrize(
     ("options", "places"),
     [
-        ((), EVERYWHERE[2:]),
         pytest.param((), EVERYWHERE, marks=pytest.mark.slow),
         pytest.param(OPTIONS[1], EVERYWHERE, marks=pytest.mark.slow),
     ],
