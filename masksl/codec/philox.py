@@ -106,6 +106,52 @@ def bits(seed: int, stream: int, count: int) -> np.ndarray:
     return np.unpackbits(packed, bitorder="little", count=count)
 
 
+def sample(seed: int, stream: int, count: int, population: int) -> np.ndarray:
+    """Draw different whole numbers from 0 to less than a bound, all sets equally
+    likely.
+
+    Where at most a quarter is drawn, numbers are drawn by `integers`, one after the
+    other, and those that came before are left out. Otherwise number i has the key
+    ``word_i``, and the numbers of the least keys are drawn, of equal keys the lesser
+    numbers. Both are uniform to within 2**-32.
+
+    Parameters
+    ----------
+    seed, stream
+        See `words`.
+    count : int
+        How many, at most ``population``.
+    population : int
+        The bound, less than 2**32.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (count,), ascending.
+    """
+    if not 0 <= count <= population < 2**32:
+        raise ValueError(
+            f"count={count!r}: must be from 0 to population={population!r}, "
+            "which is less than 2**32"
+        )
+    if 4 * count > population:
+        keys = words(seed, stream, population).astype(np.uint64) << _HALF
+        keys |= np.arange(population, dtype=np.uint64)
+        if count < population:
+            keys = np.partition(keys, count - 1)[:count]
+        return np.sort((keys & _LOW).astype(np.int64))
+    if not count:
+        return np.zeros(0, np.int64)
+    drawn = count + count // 4 + 16
+    while True:
+        numbers = integers(seed, stream, drawn, population)
+        different, first = np.unique(numbers, return_index=True)
+        if len(different) >= count:
+            earliest = np.argsort(first, kind="stable")[:count]
+            return np.sort(different[earliest].astype(np.int64))
+        drawn *= 2
+
+
 def _blocks(seed: int, stream: int, index: np.ndarray) -> np.ndarray:
     """Return blocks of four words, uint32, shape (n, 4), for their indices, uint64."""
     key = [seed & 0xFFFF_FFFF, seed >> 32]

@@ -10,6 +10,7 @@ from typing import Any
 
 from masksl.methods.fedavg import FedAvgConfig
 from masksl.methods.fedpm import FedPmConfig
+from masksl.methods.flash import FlashConfig
 from masksl.methods.sasg import SasgConfig
 from masksl.methods.split import SplitConfig
 from masksl.settings import ConfigError, Section, Value, read
@@ -60,6 +61,11 @@ METHODS: dict[str, Method] = {
         FedPmConfig,
         "masksl.methods.fedpm.server:FedPmServer",
         "masksl.methods.fedpm.client:CLIENT",
+    ),
+    "flash": Method(
+        FlashConfig,
+        "masksl.methods.flash.server:FlashServer",
+        "masksl.methods.flash.client:CLIENT",
     ),
     "sasg": Method(
         SasgConfig,

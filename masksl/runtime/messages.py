@@ -161,10 +161,10 @@ def raw_record(data: bytes) -> ArrayRecord:
     return _record_of(data, _RAW, len(data))
 
 
-def raw_of(content: RecordDict, kind: str, size: int) -> bytes:
-    """Return the bytes of a kind; `FrameError` unless there are as many."""
+def raw_of(content: RecordDict, kind: str, size: int | None = None) -> bytes:
+    """Return the bytes of a kind; `FrameError` unless there are as many, if given."""
     data = _bytes_of(content, kind, _RAW)
-    if len(data) != size:
+    if size is not None and len(data) != size:
         raise FrameError(f"{kind} of {len(data)} bytes, expected {size}")
     return data
 

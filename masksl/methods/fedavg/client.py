@@ -1,14 +1,13 @@
 """The client side of federated averaging."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 from flwr.app import RecordDict
 from torch import nn
 
-from masksl.compress import NotFiniteError, encode_set
-from masksl.methods.client import MODEL, Client, ClientMethod, Place, place_of
+from masksl.compress import encode_set
+from masksl.methods.client import MODEL, Client, ClientMethod, place_of
 from masksl.methods.fedavg import FedAvgConfig
 from masksl.methods.fedavg.messages import (
     EVALUATE,
@@ -17,10 +16,10 @@ from masksl.methods.fedavg.messages import (
     UPDATE,
     score_record,
 )
+from masksl.methods.local import run_epochs
 from masksl.runtime import messages
 from masksl.runtime.compressors import EXACT
 from masksl.training.network import LocalNetwork
-from masksl.training.schedule import Rates
 from masksl.training.score import Score, score
 from masksl.training.tensors import Tensors, copies
 
@@ -50,7 +49,8 @@ def train(
         network = _network(client, copies(start))
         own = correct and partial(correct, client, network.tensors, start)
         rates = client.setup.rates(place.round, rounds)
-        loss, samples = run_epochs(client, network, rates, own)
+        epochs = _config(client).local_epochs
+        loss, samples = run_epochs(client, network, epochs, rates, correct=own)
     client.state.pop(MODEL, None)  # the next message brings a new one
     reply = RecordDict()
     with client.watch("codec"):
@@ -68,46 +68,6 @@ def train(
             reply[UPDATE] = messages.set_record(data, dense)
     reply[messages.METRICS] = client.metrics(loss=loss, samples=samples)
     return reply
-
-
-def run_epochs(
-    client: Client,
-    network: LocalNetwork,
-    rates: Rates,
-    correct: Callable[[Tensors], None] | None = None,
-) -> tuple[float, int]:
-    """Train for the local epochs of a round.
-
-    ``correct`` changes the gradients of every step; see `LocalNetwork.train`.
-
-    Returns
-    -------
-    tuple[float, int]
-        The mean loss of all samples of all steps, and their number.
-
-    Raises
-    ------
-    NotFiniteError
-        If a loss is not finite; the text names the local step.
-    """
-    total, samples = 0.0, 0
-    steps = _config(client).local_epochs * client.train_steps()
-    for step in range(steps):
-        here = Place(rates.round, step)
-        images, labels = client.train_batch(here)
-        loss = network.train(
-            images,
-            labels,
-            client.setup.optimizer,
-            lr=rates.at(step, steps),
-            seed=client.seed("dropout.client", here),
-            correct=correct,
-        )
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"loss of local step {step} not finite")
-        total += loss * len(labels)
-        samples += len(labels)
-    return total / samples, samples
 
 
 def difference(network: LocalNetwork, start: Tensors) -> Tensors:

@@ -1,0 +1,255 @@
+"""The client side of FLASH."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+from torch import nn
+
+from masksl.codec import topk
+from masksl.methods.client import Client, ClientMethod, place_of
+from masksl.methods.flash import FlashConfig
+from masksl.methods.flash.coding import MaskCoding, Versioned, pack_counts
+from masksl.methods.flash.evolution import Evolution, Plan
+from masksl.methods.flash.messages import (
+    COUNTS,
+    HELD,
+    MASK,
+    TRAIN,
+    UPDATE,
+    WARMUP,
+)
+from masksl.methods.flash.start import FIRST, Start
+from masksl.methods.flash.values import ValueCoding
+from masksl.methods.local import run_epochs
+from masksl.runtime import messages
+from masksl.settings import Settings
+from masksl.training.network import LocalNetwork
+from masksl.training.tensors import Tensors, copies
+
+LOST = "lost"  # under `feedback`: what compression has lost of its last update
+FLAT = "flat"
+
+
+@dataclass
+class _Shared:
+    """What the clients of a process share under one configuration.
+
+    It changes no result: whoever lacks a part of it computes it again.
+    """
+
+    start: Start
+    masks: MaskCoding
+    down: ValueCoding
+    up: ValueCoding
+    decoded: tuple[bytes, int, Versioned] | None = None  # a mask: bytes, held, result
+    received: tuple[bytes, torch.Tensor, Tensors] | None = None  # the same of weights
+
+    def mask(self, data: bytes, held: Versioned | None) -> Versioned:
+        """Decode a mask, unless it is the one decoded last."""
+        version = held.version if held else 0
+        known = self.decoded
+        if known is None or known[:2] != (data, version):
+            known = self.decoded = data, version, self.masks.decode(data, held)
+        return known[2]
+
+    def weights(
+        self, data: bytes, counts: Sequence[int]
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Decode weights likewise."""
+        known = self.received
+        if known is None or known[0] != data:
+            known = self.received = data, *self.down.decode(data, counts)
+        return known[1:]
+
+
+def warm_up(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `train.warmup`: how many weights of each layer a trained mask keeps."""
+    shared, config = _shared(client), _config(client)
+    start, layers = shared.start, shared.start.layers
+    rounds = int(messages.place_of(content)["rounds"])
+    mask = torch.from_numpy(start.warmup_mask()).to(layers.device)
+    with client.watch("compute"):
+        weights = start.weights(start.counts)
+        network = _network(client, copies(start.masked(weights, mask)))
+        epochs, target = config.warmup_epochs, layers.kept(config.density)
+        evolution = Evolution(mask, target, start.growth(client.number, 0))
+        plan = Plan(client.train_steps(), epochs, config.prune_rate)
+        under = _UnderMask(network.tensors, evolution, plan)
+        rates = client.setup.rates(1, rounds)
+        run_epochs(client, network, epochs, rates, place=0, after=under.after)
+    counts = pack_counts(layers.counts(mask.cpu().numpy()))
+    reply = RecordDict({COUNTS: messages.raw_record(counts)})
+    reply[messages.METRICS] = client.metrics()
+    return reply
+
+
+def train(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `train.local`: train under a mask, then send what it keeps."""
+    shared, config = _shared(client), _config(client)
+    place, more = place_of(content), messages.place_of(content)
+    rounds = int(more["rounds"])
+    with client.watch("codec"):
+        held = _receive_mask(client, content)
+        begin = _receive_weights(client, content, held.mask)
+    with client.watch("compute"):
+        network = _network(client, copies(begin))
+        mask = torch.tensor(held.mask, device=client.setup.device)
+        growth = shared.start.growth(client.number, place.round)
+        evolution = Evolution(mask, int(more["target"]), growth)
+        rate = config.cut_in(place.round, rounds)
+        plan = Plan(client.train_steps(), config.local_epochs, rate)
+        under = _UnderMask(network.tensors, evolution, plan)
+        rates = client.setup.rates(place.round, rounds)
+        epochs = config.local_epochs
+        loss, samples = run_epochs(client, network, epochs, rates, after=under.after)
+    reply = RecordDict()
+    with client.watch("codec"):
+        if config.evolves(place.round):
+            after = mask.cpu().numpy()
+            data = shared.masks.encode_changes(held.mask, evolution.changes, after)
+            reply[MASK] = messages.raw_record(data)
+            if config.variant == "nst":
+                own = Versioned(int(more["following"]), after)
+                client.state[HELD] = shared.masks.tensors(own)
+        seed = client.seed("compress", place)
+        data = _encoded(client, network.tensors, begin, mask, seed)
+        kind = messages.MODEL if shared.up.absolute else UPDATE
+        reply[kind] = messages.set_record(data, shared.start.dense_bytes)
+    reply[messages.METRICS] = client.metrics(loss=loss, samples=samples)
+    return reply
+
+
+def own_state(settings: Settings) -> Sequence[str]:
+    """Return the names of what only the client knows."""
+    return (LOST,) if settings["method.feedback"] else ()
+
+
+CLIENT = ClientMethod(
+    lambda settings, units: nn.Sequential(*units),
+    {TRAIN: train, WARMUP: warm_up},
+    own_state,
+)
+
+
+# --- training -------------------------------------------------------------------------
+
+
+@dataclass
+class _UnderMask:
+    """Keeps weights under a mask while they are trained.
+
+    Parameters
+    ----------
+    tensors : dict[str, torch.Tensor]
+        Parameters and buffers by name; weights are masked in place.
+    evolution : Evolution
+        The mask.
+    plan : Plan
+        When it changes.
+    """
+
+    tensors: Tensors
+    evolution: Evolution
+    plan: Plan
+    _factors: Tensors = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Prepare the factors of the weights."""
+        self._renew()
+
+    def after(self, step: int) -> None:
+        """Mask the weights after a step, and adjust the mask where it is due."""
+        with torch.no_grad():
+            for name, factor in self._factors.items():
+                self.tensors[name].mul_(factor)
+            if rate := self.plan.rate_after(step):
+                self.evolution.adjust(self.tensors, rate)
+                self._renew()
+
+    def _renew(self) -> None:
+        mask = self.evolution.mask
+        if not mask.all():
+            self._factors = self.evolution.growth.layers.named(mask.float())
+
+
+def _encoded(
+    client: Client, tensors: Tensors, begin: Tensors, mask: torch.Tensor, seed: int
+) -> bytes:
+    """Encode what a client sends up: kept weights and the rest, or their changes."""
+    shared = _shared(client)
+    layers, coding = shared.start.layers, shared.up
+    counts = layers.counts(mask.cpu().numpy())
+    kept = topk.masked(layers.flat(tensors), mask)
+    if shared.up.absolute:
+        return coding.encode(kept, counts, tensors, seed=seed)
+    kept -= topk.masked(layers.flat(begin), mask)
+    rest = {name: tensors[name].detach() - begin[name] for name in layers.rest}
+    if not _config(client).feedback:
+        return coding.encode(kept, counts, rest, seed=seed)
+    before = client.state.get(LOST, {})
+    if before:
+        kept += topk.masked(before[FLAT], mask)
+        rest |= {name: rest[name] + before[name] for name in coding.dense}
+    data = coding.encode(kept, counts, rest, seed=seed)
+    decoded, others = coding.decode(data, counts)
+    lost = {name: rest[name] - others[name] for name in coding.dense}
+    lost[FLAT] = torch.zeros(layers.elements, device=layers.device)
+    lost[FLAT][mask] = kept - decoded
+    client.state[LOST] = lost
+    return data
+
+
+# --- what comes down ------------------------------------------------------------------
+
+
+def _receive_mask(client: Client, content: RecordDict) -> Versioned:
+    """Return the mask of a message, and keep it."""
+    shared, state = _shared(client), client.state
+    start = shared.start
+    if not start.config.has_masks:
+        return Versioned(FIRST, np.ones(start.layers.elements, bool))
+    held = shared.masks.of_tensors(state[HELD]) if HELD in state else None
+    new = shared.mask(messages.raw_of(content, MASK), held)
+    if held is None or new.version != held.version:
+        state[HELD] = shared.masks.tensors(new)
+    return new
+
+
+def _receive_weights(client: Client, content: RecordDict, mask: np.ndarray) -> Tensors:
+    """Return the tensors of the network that a round begins with, masked."""
+    shared = _shared(client)
+    start, layers = shared.start, shared.start.layers
+    counts = layers.counts(mask)
+    kept_at = torch.from_numpy(mask).to(layers.device)
+    if messages.arrays_of(content, messages.MODEL) is None:
+        return start.masked(start.weights(counts), kept_at)
+    kept, rest = shared.weights(messages.set_of(content), counts)
+    flat = torch.zeros(layers.elements, device=layers.device)
+    flat[kept_at] = kept
+    return start.tensors | layers.named(flat) | rest
+
+
+def _network(client: Client, tensors: Tensors) -> LocalNetwork:
+    """Return a network whose optimiser starts anew."""
+    setup = client.setup
+    return LocalNetwork(setup.module, tensors, {}, setup.threads, setup.compute)
+
+
+def _config(client: Client) -> FlashConfig:
+    config = client.setup.config
+    assert isinstance(config, FlashConfig)
+    return config
+
+
+def _shared(client: Client) -> _Shared:
+    """Return what the clients of the process share."""
+    caches, setup = client.setup.caches, client.setup
+    if caches.method is None:
+        start = Start.of(setup.module, _config(client), client.run.seed)
+        codings = ValueCoding.both(start, setup.settings)
+        caches.method = _Shared(start, MaskCoding(start), *codings)
+    shared: _Shared = caches.method
+    return shared
