@@ -92,3 +92,36 @@ def test_arguments_out_of_range(arguments: tuple[int, int, int], text: str) -> N
         philox.words(*arguments)
     with pytest.raises(ValueError, match=r"bound=0: must be from 1 to 2\*\*32"):
         philox.integers(0, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "population"),
+    [(0, 0), (0, 9), (1, 1), (3, 100), (25, 100), (26, 100), (99, 100), (100, 100)],
+)
+def test_samples_are_different_numbers_in_order(count: int, population: int) -> None:
+    drawn = philox.sample(5, 2, count, population)
+    assert drawn.dtype == np.int64 and len(set(drawn.tolist())) == count
+    assert sorted(drawn.tolist()) == drawn.tolist()
+    assert all(0 <= number < population for number in drawn)
+    assert np.array_equal(drawn, philox.sample(5, 2, count, population))
+
+
+@pytest.mark.parametrize("count", [2, 5])  # drawn one by one, and by keys
+def test_samples_are_uniform(count: int) -> None:
+    hits = np.zeros(16)
+    for seed in range(4000):
+        hits[philox.sample(seed, 0, count, 16)] += 1
+    share = count / 16
+    deviation = (4000 * share * (1 - share)) ** 0.5
+    assert np.all(np.abs(hits - 4000 * share) < 4.5 * deviation)
+
+
+def test_samples_are_those_of_the_words() -> None:
+    numbers = philox.integers(7, 1, 40, 1000).tolist()
+    first = list(dict.fromkeys(numbers))[:20]
+    assert philox.sample(7, 1, 20, 1000).tolist() == sorted(first)
+    keys = philox.words(7, 1, 30)
+    least = sorted(range(30), key=lambda i: (keys[i], i))[:20]
+    assert philox.sample(7, 1, 20, 30).tolist() == sorted(least)
+    with pytest.raises(ValueError, match="count=4: must be from 0 to population=3"):
+        philox.sample(7, 1, 4, 3)
