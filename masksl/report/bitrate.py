@@ -52,9 +52,8 @@ _COLUMNS = {
 }
 # By partition, the key that describes it.
 _PARTITIONS = {
-    "dirichlet": "dataset.alpha",
-    "pathological": "dataset.classes_per_client",
-    "chunks": "dataset.classes_per_client",
+    **dict.fromkeys(("dirichlet", "dirichlet_equal"), "dataset.alpha"),
+    **dict.fromkeys(("pathological", "chunks"), "dataset.classes_per_client"),
 }
 # Prefixes of keys that may differ between runs of one line.
 _FREE = (

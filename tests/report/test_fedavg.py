@@ -56,6 +56,8 @@ def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
     synthetic(tmp_path / "f", [0.2], 250_000, **sp, **half)
     down: dict[str, Any] = {"model_compressor.name": "qu", "model_compressor.bits": 8}
     synthetic(tmp_path / "g", [0.995], **half, **down)
+    level = half | {"dataset.partition": "dirichlet_equal"}
+    synthetic(tmp_path / "h", [0.2], **level)
     assert cells(tmp_path) == {
         ("iid", "none"): [
             *("2", "97.50 ± 2.12"),
@@ -70,9 +72,10 @@ def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
             *("1", "99.50", "1.0", "2.00", "–", "1.0", "2.00", "–"),
         ],
         ("dirichlet 0.5", "SP"): ["1", "20.00", *("INF", "INF", "–") * 2],
+        ("dirichlet_equal 0.5", "none"): ["1", "20.00", *("INF", "INF", "–") * 2],
     }
     rows = list(csv.DictReader(fedavg(tmp_path)["fedavg.csv"].splitlines()))
-    assert len(rows) == 6
+    assert len(rows) == 7
     found = {(row["compressor"], row["partition"], row["seed"]): row for row in rows}
     assert found["SP", "iid", "1"]["bytes to 0.97"] == "1000000"
     assert found["SP", "iid", "2"]["rounds to 0.97"] == ""
