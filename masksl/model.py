@@ -184,18 +184,25 @@ def _small_cnn(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*head)]
 
 
-def _lenet(classes: int, channels: int) -> Units:
-    """Return a LeNet for 28x28: two convolutions of 8 and 16 channels, two layers."""
-    units: Units = [
-        nn.Sequential(
-            nn.Conv2d(before, after, 5),
-            nn.MaxPool2d(2),
-            nn.ReLU(inplace=True),
-        )
-        for before, after in pairwise([channels, 8, 16])
-    ]
-    hidden = nn.Flatten(), nn.Linear(16 * 4 * 4, 64), nn.ReLU(inplace=True)
-    return [*units, nn.Sequential(*hidden), nn.Sequential(nn.Linear(64, classes))]
+def _lenet(
+    *widths: int, hidden: int, pool: tuple[int, int]
+) -> Callable[[int, int], Units]:
+    """Return the constructor of a LeNet for 28x28: 5x5 convolutions and two layers.
+
+    A pooling, given by its width and its stride, follows every convolution.
+    """
+
+    def build_lenet(classes: int, channels: int) -> Units:
+        size, units = 28, []
+        for before, after in pairwise([channels, *widths]):
+            layers = nn.Conv2d(before, after, 5), nn.MaxPool2d(*pool)
+            units.append(nn.Sequential(*layers, nn.ReLU(inplace=True)))
+            size = (size - 4 - pool[0]) // pool[1] + 1
+        flat = nn.Flatten(), nn.Linear(widths[-1] * size**2, hidden)
+        units.append(nn.Sequential(*flat, nn.ReLU(inplace=True)))
+        return [*units, nn.Sequential(nn.Linear(hidden, classes))]
+
+    return build_lenet
 
 
 def _mlp(*widths: int, size: int = 28) -> Callable[[int, int], Units]:
@@ -419,7 +426,12 @@ ARCHITECTURES = {
         _small_cnn, 4, {"shallow": 1, "medium": 2, "deep": 3}, (), (1, 3)
     ),
     "lenet": Architecture(
-        _lenet, 4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)
+        _lenet(8, 16, hidden=64, pool=(2, 2)),
+        *(4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)),
+    ),
+    "mnist_net": Architecture(
+        _lenet(10, 20, hidden=50, pool=(3, 1)),
+        *(4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1,)),
     ),
     "mlp_digits": Architecture(
         _mlp(200, 100, size=8), 3, {"shallow": 1, "medium": 2}, (8,), (1,)

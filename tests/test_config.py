@@ -85,6 +85,7 @@ def content(path: Path) -> dict[str, Any]:
         ("schedule.milestones=[9,3]", "schedule.milestones=[9, 3]: must be a list of"),
         ("link.up_mbps=0", "link.up_mbps=0: must be a number from 1e-9 to 1e12"),
         ("model=vgg19", "model.name='vgg19': must be a network for 8x8 images"),
+        ("model=mnist_net", "model.name='mnist_net': must be a network for 8x8 images"),
         ("dataset.partition=odd", "dataset.partition='odd': must be one of iid"),
         ("dataset.limit=0", "dataset.limit=0: must be null or a whole number"),
         ("dataset.limit=4", "clients=10: must be at most 4, the training samples"),
@@ -138,6 +139,17 @@ def test_bad_values_are_named(override: str, message: str) -> None:
         settings_of(override)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "data"),
+    [
+        *(("mnist_net", "mnist"), ("mnist_net", "emnist")),
+    ],
+)
+def test_networks_take_the_images_that_they_name(network: str, data: str) -> None:
+    settings = settings_of(f"model={network}", f"dataset={data}", "cut=deep")
+    assert (settings["model.name"], settings["dataset.name"]) == (network, data)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

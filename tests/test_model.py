@@ -14,6 +14,7 @@ CASES = [
     ("resnet34_64", 200, 64, 21_379_592),
     ("small_cnn", 10, 8, 224_842),
     ("lenet", 10, 28, 20_922),
+    ("mnist_net", 10, 28, 261_840),
 ]
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vgg19": [(64, 16, 16), (256, 4, 4), (512, 2, 2)],
@@ -24,6 +25,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "resnet34_64": [(64, 64, 64), (128, 32, 32), (256, 16, 16)],
     "small_cnn": [(64, 4, 4), (128, 2, 2), (128, 1, 1)],
     "lenet": [(8, 12, 12), (16, 4, 4), (64,)],
+    "mnist_net": [(10, 22, 22), (20, 16, 16), (50,)],
 }
 
 
@@ -36,10 +38,11 @@ def test_halves_hold_exactly_the_network(
     name: str, classes: int, size: int, expected: int
 ) -> None:
     architecture = model.ARCHITECTURES[name]
-    units = model.build(name, classes, 3, seed=0)
+    channels = max(architecture.channels)
+    units = model.build(name, classes, channels, seed=0)
     assert len(units) == architecture.units
     assert sum(map(parameters, units)) == expected
-    images = torch.randn(2, 3, size, size)
+    images = torch.randn(2, channels, size, size)
     whole = torch.nn.Sequential(*units).eval()
     with torch.no_grad():
         logits = whole(images)
@@ -69,6 +72,19 @@ def test_small_cnn_takes_any_image(size: int, channels: int) -> None:
     images = torch.randn(2, channels, size, size)
     assert torch.nn.Sequential(*units)(images).shape == (2, 7)
     assert units[0][0].out_channels == 64
+
+
+def test_mnist_net_is_as_it_is_described() -> None:
+    units = model.build("mnist_net", 10, 1, seed=0)
+    sizes = [p.numel() for unit in units for p in unit.parameters()]
+    assert sizes == [250, 10, 5_000, 20, 256_000, 50, 500, 10]
+    images = torch.randn(3, 1, 28, 28)
+    (conv1, _, _), (conv2, _, _), (_, fc1, _), (fc2,) = units
+    outputs = images
+    for conv in (conv1, conv2):
+        outputs = torch.nn.functional.max_pool2d(conv(outputs), 3, stride=1).relu()
+    expected = fc2(fc1(outputs.flatten(1)).relu())
+    assert torch.equal(torch.nn.Sequential(*units)(images), expected)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
