@@ -385,7 +385,7 @@ def _resnet9(classes: int, channels: int) -> Units:
 
 
 def _resnet18(classes: int, channels: int) -> Units:
-    """Return ResNet18 for 32x32: stem, 8 residual blocks, head."""
+    """Return ResNet18 for 32x32 and 64x64: stem, 8 residual blocks, head."""
     # pylint: disable-next=import-outside-toplevel
     from torchvision.models import resnet18
 
@@ -454,7 +454,7 @@ ARCHITECTURES = {
     "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
     "resnet9": Architecture(_resnet9, 7, {"shallow": 1, "medium": 3, "deep": 4}, (32,)),
     "resnet18": Architecture(
-        _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32,)
+        _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32, 64)
     ),
     "resnet34": Architecture(_resnet34, 18, _RESNET34_CUTS, (224,)),
     "resnet34_64": Architecture(_resnet34_64, 18, _RESNET34_CUTS, (64,)),

@@ -144,6 +144,7 @@ def test_bad_values_are_named(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("network", "data"),
     [
+        *(("resnet18", "cifar100"), ("resnet18", "tinyimagenet")),
         *(("mnist_net", "mnist"), ("mnist_net", "emnist")),
     ],
 )

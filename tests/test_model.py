@@ -10,6 +10,7 @@ CASES = [
     ("resnet8", 10, 32, 78_042),
     ("resnet9", 10, 32, 1_646_112),
     ("resnet18", 100, 32, 11_220_132),
+    ("resnet18", 200, 64, 11_271_432),
     ("resnet34", 1000, 224, 21_797_672),
     ("resnet34_64", 200, 64, 21_379_592),
     ("small_cnn", 10, 8, 224_842),
@@ -33,6 +34,12 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def grown(shape: tuple[int, ...], name: str, size: int) -> tuple[int, ...]:
+    """Return a shape of `SHAPES` for images of another size of the network."""
+    sizes = model.ARCHITECTURES[name].image_sizes or (size,)
+    return shape[0], *(side * size // sizes[0] for side in shape[1:])
+
+
 @pytest.mark.parametrize(("name", "classes", "size", "expected"), CASES)
 def test_halves_hold_exactly_the_network(
     name: str, classes: int, size: int, expected: int
@@ -53,7 +60,7 @@ def test_halves_hold_exactly_the_network(
         for place, shape in zip(architecture.cuts, SHAPES[name], strict=True):
             client, server = model.split(units, model.resolve_cut(name, place))
             activation = client(images)
-            assert activation.shape == (2, *shape)
+            assert activation.shape == (2, *grown(shape, name, size))
             assert torch.equal(server(activation), logits)
 
 
