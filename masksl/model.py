@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
 
@@ -30,9 +30,12 @@ class ModelConfig(
     ----------
     name : str
         A key of `ARCHITECTURES`.
+    stem_stride : int
+        Stride of the first convolution; one that the network takes.
     """
 
     name: str = Field("small_cnn", description="the name of a network")
+    stem_stride: int = Field(1, description="1, or 2 with model.name=resnet8")
 
     @field_validator("name", mode="before")
     @classmethod
@@ -42,6 +45,14 @@ class ModelConfig(
             raise PydanticCustomError("allowed", allowed)  # type: ignore[arg-type]
         return name
 
+    @field_validator("stem_stride")
+    @classmethod
+    def _is_taken(cls, stride: int, info: ValidationInfo) -> int:
+        architecture = ARCHITECTURES.get(info.data.get("name", ""))
+        if architecture and stride not in architecture.stem_strides:
+            raise ValueError("not taken")
+        return stride
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -49,8 +60,9 @@ class Architecture:
 
     Parameters
     ----------
-    build : Callable[[int, int], list[nn.Module]]
-        Returns the units, given the number of classes and of input channels.
+    build : Callable[..., list[nn.Module]]
+        Returns the units, given the number of classes and of input channels, and
+        ``stem_stride`` by name if it is not 1.
     units : int
         Number of units.
     cuts : dict[str, int]
@@ -59,16 +71,21 @@ class Architecture:
         Supported heights, equal to the widths; empty if all from 8 on are.
     channels : tuple[int, ...]
         Supported numbers of input channels.
+    stem_strides : tuple[int, ...]
+        Supported strides of the first convolution. Weights do not depend on them.
     """
 
-    build: Callable[[int, int], Units]
+    build: Callable[..., Units]
     units: int
     cuts: dict[str, int]
     image_sizes: tuple[int, ...]
     channels: tuple[int, ...] = (3,)
+    stem_strides: tuple[int, ...] = (1,)
 
 
-def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
+def build(
+    name: str, classes: int, channels: int, *, seed: int, stem_stride: int = 1
+) -> Units:
     """Build a network with initial weights.
 
     Parameters
@@ -81,16 +98,28 @@ def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
         Channels of the images.
     seed : int
         Seed of the weights. PyTorch's global generator is not changed.
+    stem_stride : int
+        Stride of the first convolution.
 
     Returns
     -------
     list[nn.Module]
         The units in forward order; together they map float32 images of shape
         (B, channels, H, W) to logits of shape (B, classes).
+
+    Raises
+    ------
+    ValueError
+        If the network does not take the stride.
     """
+    architecture = ARCHITECTURES[name]
+    if stem_stride not in architecture.stem_strides:
+        allowed = " or ".join(map(str, architecture.stem_strides))
+        raise ValueError(f"stem_stride={stem_stride}: must be {allowed} for {name}")
+    options = {} if stem_stride == 1 else {"stem_stride": stem_stride}
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return ARCHITECTURES[name].build(classes, channels)
+        return architecture.build(classes, channels, **options)
 
 
 def resolve_cut(name: str, cut: int | str) -> int:
@@ -291,20 +320,20 @@ def _resnet_units(network: Any, stem: nn.Sequential) -> Units:
     return [stem, *blocks, head]
 
 
-def _small_stem(width: int = 64) -> nn.Sequential:
+def _small_stem(width: int = 64, stride: int = 1) -> nn.Sequential:
     """Return a stem without pooling, for images of 32x32 and 64x64."""
-    conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    conv = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
-def _resnet8(classes: int, channels: int) -> Units:
+def _resnet8(classes: int, channels: int, stem_stride: int = 1) -> Units:
     """Return ResNet8 for 32x32: stem, 3 residual blocks, head, 16 to 64 channels."""
     # pylint: disable-next=import-outside-toplevel
     from torchvision.models.resnet import BasicBlock
 
     del channels
-    units: Units = [_small_stem(16)]
+    units: Units = [_small_stem(16, stem_stride)]
     for before, after in ((16, 16), (16, 32), (32, 64)):
         stride, shortcut = 1, None
         if before != after:
@@ -451,7 +480,10 @@ ARCHITECTURES = {
         (32,),
     ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
-    "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
+    "resnet8": Architecture(
+        *(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
+        stem_strides=(1, 2),
+    ),
     "resnet9": Architecture(_resnet9, 7, {"shallow": 1, "medium": 3, "deep": 4}, (32,)),
     "resnet18": Architecture(
         _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32, 64)

@@ -64,6 +64,33 @@ def test_halves_hold_exactly_the_network(
             assert torch.equal(server(activation), logits)
 
 
+def test_the_stride_of_the_stem_leaves_the_weights_as_they_are() -> None:
+    plain, strided = (
+        model.build("resnet8", 10, 3, seed=5, stem_stride=stride) for stride in (1, 2)
+    )
+    for one, other in zip(plain, strided, strict=True):
+        state = other.state_dict()
+        assert one.state_dict().keys() == state.keys()
+        assert all(torch.equal(t, state[name]) for name, t in one.state_dict().items())
+    images = torch.randn(2, 3, 32, 32)
+    for (channels, height, width), cut in zip(
+        SHAPES["resnet8"], (2, 3, 4), strict=True
+    ):
+        client, server = (half.eval() for half in model.split(strided, cut))
+        shape = channels, height // 2, width // 2
+        assert model.activation_shape(client, 3, 32, torch.device("cpu")) == shape
+        assert server(client(images)).shape == (2, 10)
+    # The strided convolution gives every second output of the other one.
+    ours, others = (units[0][0](images) for units in (strided, plain))
+    torch.testing.assert_close(ours, others[:, :, ::2, ::2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("resnet8", "1 or 2"), ("lenet", "1")])
+def test_other_strides_are_refused(name: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"stem_stride=3: must be {allowed} for"):
+        model.build(name, 10, 3, seed=0, stem_stride=3)
+
+
 def test_named_cuts() -> None:
     cuts = {n: list(a.cuts.values()) for n, a in model.ARCHITECTURES.items()}
     assert cuts["vgg19"] == [2, 8, 15]

@@ -312,7 +312,7 @@ def _task(settings: Mapping[str, Any]) -> str:
     clients = "1 client" if number == 1 else f"{number} clients"
     if partition in _PARTITIONS:
         partition += f" {settings.get(_PARTITIONS[partition], MISSING)}"
-    names = settings["model.name"], settings["dataset.name"]
+    names = results.network_name(settings), settings["dataset.name"]
     return ", ".join([*names, clients, partition])
 
 

@@ -43,6 +43,19 @@ def cells(folder: Path) -> dict[tuple[str, str], list[str]]:
     return {(row[1], row[2]): row[3:] for row in rows}
 
 
+def test_networks_of_different_strides_are_different_tasks(tmp_path: Path) -> None:
+    """Runs from before the key had the stride 1."""
+    for number, stride in enumerate((None, 1, 2)):
+        more: dict[str, Any] = {} if stride is None else {"model.stem_stride": stride}
+        synthetic(tmp_path / str(number), [0.5], seed=number, **more)
+    lines = fedavg(tmp_path)["fedavg.md"].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines]
+    assert rows == [
+        ["lenet (stem stride 2), mnist, 2 clients", "iid", "none", "1"],
+        ["lenet, mnist, 2 clients", "iid", "none", "2"],
+    ]
+
+
 def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
     synthetic(tmp_path / "a", [0.5, 0.975, 0.99])
     synthetic(tmp_path / "b", [0.97, 0.98, 0.96], seed=2)
