@@ -155,7 +155,8 @@ def _explain_missing(
     group, _, option = file.rpartition("/")
     chosen = [_typed(o) for o in parsed if o.key_or_group == group]
     typed = chosen[-1] if chosen else f"{group}={option}"
-    return f"{shortened(typed)}: must be one of {', '.join(error.options)}"
+    options = [name for name in error.options if not name.startswith("_")]
+    return f"{shortened(typed)}: must be one of {', '.join(options)}"
 
 
 def _explain_group(parsed: Iterable[Override], conf: Path, text: str) -> str:

@@ -24,6 +24,7 @@ from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import Link
 from masksl.runtime.tracking import tracker_of
 from masksl.settings import (
+    EARLIER,
     PLUGINS,
     CheckpointConfig,
     ConfigError,
@@ -197,6 +198,7 @@ def check_resume(
         Naming every key that differs.
     """
     free: tuple[str, ...] = _FREE_ON_RESUME
+    saved = EARLIER | dict(saved)
     schedule = read(ScheduleConfig, settings, "schedule")
     if not schedule.depends_on_rounds and int(settings["rounds"]) >= done:
         free = (*free, "rounds")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from masksl.data import chunks
+from masksl.data import chunks, dirichlet
 from masksl.data.augmentation import random_crop, random_flip
 from masksl.data.images import DatasetError, FileImages, Images, TensorImages
 from masksl.data.sources import DATASETS
@@ -215,7 +215,7 @@ def _divide(
 ) -> list[torch.Tensor]:
     """Return the parts of a partition of shuffled samples.
 
-    All but ``chunks`` are those of flwr-datasets' partitioners.
+    All but ``chunks`` and ``dirichlet_equal`` are those of flwr-datasets' partitioners.
     """
     order = torch.randperm(
         len(labels), generator=seeded_generator(seed, "partition.order")
@@ -227,6 +227,10 @@ def _divide(
         parts = chunks.deal(
             labels[order], clients, config.classes_per_client, generator
         )
+        return [order[part] for part in parts]
+    if config.partition == "dirichlet_equal":
+        draws = np.random.default_rng(derive_seed(seed, "partition"))
+        parts = dirichlet.deal(labels[order], clients, config.alpha, draws)
         return [order[part] for part in parts]
     # Imported here: importing it takes seconds, and a process that adopts a partition,
     # or divides at random, does not need it.

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from torch import nn
 
@@ -30,9 +30,12 @@ class ModelConfig(
     ----------
     name : str
         A key of `ARCHITECTURES`.
+    stem_stride : int
+        Stride of the first convolution; one that the network takes.
     """
 
     name: str = Field("small_cnn", description="the name of a network")
+    stem_stride: int = Field(1, description="1, or 2 with model.name=resnet8")
 
     @field_validator("name", mode="before")
     @classmethod
@@ -42,6 +45,14 @@ class ModelConfig(
             raise PydanticCustomError("allowed", allowed)  # type: ignore[arg-type]
         return name
 
+    @field_validator("stem_stride")
+    @classmethod
+    def _is_taken(cls, stride: int, info: ValidationInfo) -> int:
+        architecture = ARCHITECTURES.get(info.data.get("name", ""))
+        if architecture and stride not in architecture.stem_strides:
+            raise ValueError("not taken")
+        return stride
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -49,8 +60,9 @@ class Architecture:
 
     Parameters
     ----------
-    build : Callable[[int, int], list[nn.Module]]
-        Returns the units, given the number of classes and of input channels.
+    build : Callable[..., list[nn.Module]]
+        Returns the units, given the number of classes and of input channels, and
+        ``stem_stride`` by name if it is not 1.
     units : int
         Number of units.
     cuts : dict[str, int]
@@ -59,16 +71,21 @@ class Architecture:
         Supported heights, equal to the widths; empty if all from 8 on are.
     channels : tuple[int, ...]
         Supported numbers of input channels.
+    stem_strides : tuple[int, ...]
+        Supported strides of the first convolution. Weights do not depend on them.
     """
 
-    build: Callable[[int, int], Units]
+    build: Callable[..., Units]
     units: int
     cuts: dict[str, int]
     image_sizes: tuple[int, ...]
     channels: tuple[int, ...] = (3,)
+    stem_strides: tuple[int, ...] = (1,)
 
 
-def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
+def build(
+    name: str, classes: int, channels: int, *, seed: int, stem_stride: int = 1
+) -> Units:
     """Build a network with initial weights.
 
     Parameters
@@ -81,16 +98,28 @@ def build(name: str, classes: int, channels: int, *, seed: int) -> Units:
         Channels of the images.
     seed : int
         Seed of the weights. PyTorch's global generator is not changed.
+    stem_stride : int
+        Stride of the first convolution.
 
     Returns
     -------
     list[nn.Module]
         The units in forward order; together they map float32 images of shape
         (B, channels, H, W) to logits of shape (B, classes).
+
+    Raises
+    ------
+    ValueError
+        If the network does not take the stride.
     """
+    architecture = ARCHITECTURES[name]
+    if stem_stride not in architecture.stem_strides:
+        allowed = " or ".join(map(str, architecture.stem_strides))
+        raise ValueError(f"stem_stride={stem_stride}: must be {allowed} for {name}")
+    options = {} if stem_stride == 1 else {"stem_stride": stem_stride}
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return ARCHITECTURES[name].build(classes, channels)
+        return architecture.build(classes, channels, **options)
 
 
 def resolve_cut(name: str, cut: int | str) -> int:
@@ -184,18 +213,25 @@ def _small_cnn(classes: int, channels: int) -> Units:
     return [*units, nn.Sequential(*head)]
 
 
-def _lenet(classes: int, channels: int) -> Units:
-    """Return a LeNet for 28x28: two convolutions of 8 and 16 channels, two layers."""
-    units: Units = [
-        nn.Sequential(
-            nn.Conv2d(before, after, 5),
-            nn.MaxPool2d(2),
-            nn.ReLU(inplace=True),
-        )
-        for before, after in pairwise([channels, 8, 16])
-    ]
-    hidden = nn.Flatten(), nn.Linear(16 * 4 * 4, 64), nn.ReLU(inplace=True)
-    return [*units, nn.Sequential(*hidden), nn.Sequential(nn.Linear(64, classes))]
+def _lenet(
+    *widths: int, hidden: int, pool: tuple[int, int]
+) -> Callable[[int, int], Units]:
+    """Return the constructor of a LeNet for 28x28: 5x5 convolutions and two layers.
+
+    A pooling, given by its width and its stride, follows every convolution.
+    """
+
+    def build_lenet(classes: int, channels: int) -> Units:
+        size, units = 28, []
+        for before, after in pairwise([channels, *widths]):
+            layers = nn.Conv2d(before, after, 5), nn.MaxPool2d(*pool)
+            units.append(nn.Sequential(*layers, nn.ReLU(inplace=True)))
+            size = (size - 4 - pool[0]) // pool[1] + 1
+        flat = nn.Flatten(), nn.Linear(widths[-1] * size**2, hidden)
+        units.append(nn.Sequential(*flat, nn.ReLU(inplace=True)))
+        return [*units, nn.Sequential(nn.Linear(hidden, classes))]
+
+    return build_lenet
 
 
 def _mlp(*widths: int, size: int = 28) -> Callable[[int, int], Units]:
@@ -284,20 +320,20 @@ def _resnet_units(network: Any, stem: nn.Sequential) -> Units:
     return [stem, *blocks, head]
 
 
-def _small_stem(width: int = 64) -> nn.Sequential:
+def _small_stem(width: int = 64, stride: int = 1) -> nn.Sequential:
     """Return a stem without pooling, for images of 32x32 and 64x64."""
-    conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    conv = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
-def _resnet8(classes: int, channels: int) -> Units:
+def _resnet8(classes: int, channels: int, stem_stride: int = 1) -> Units:
     """Return ResNet8 for 32x32: stem, 3 residual blocks, head, 16 to 64 channels."""
     # pylint: disable-next=import-outside-toplevel
     from torchvision.models.resnet import BasicBlock
 
     del channels
-    units: Units = [_small_stem(16)]
+    units: Units = [_small_stem(16, stem_stride)]
     for before, after in ((16, 16), (16, 32), (32, 64)):
         stride, shortcut = 1, None
         if before != after:
@@ -378,7 +414,7 @@ def _resnet9(classes: int, channels: int) -> Units:
 
 
 def _resnet18(classes: int, channels: int) -> Units:
-    """Return ResNet18 for 32x32: stem, 8 residual blocks, head."""
+    """Return ResNet18 for 32x32 and 64x64: stem, 8 residual blocks, head."""
     # pylint: disable-next=import-outside-toplevel
     from torchvision.models import resnet18
 
@@ -419,7 +455,12 @@ ARCHITECTURES = {
         _small_cnn, 4, {"shallow": 1, "medium": 2, "deep": 3}, (), (1, 3)
     ),
     "lenet": Architecture(
-        _lenet, 4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)
+        _lenet(8, 16, hidden=64, pool=(2, 2)),
+        *(4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1, 3)),
+    ),
+    "mnist_net": Architecture(
+        _lenet(10, 20, hidden=50, pool=(3, 1)),
+        *(4, {"shallow": 1, "medium": 2, "deep": 3}, (28,), (1,)),
     ),
     "mlp_digits": Architecture(
         _mlp(200, 100, size=8), 3, {"shallow": 1, "medium": 2}, (8,), (1,)
@@ -439,10 +480,13 @@ ARCHITECTURES = {
         (32,),
     ),
     "vgg19": Architecture(_vgg19, 17, {"shallow": 2, "medium": 8, "deep": 15}, (32,)),
-    "resnet8": Architecture(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
+    "resnet8": Architecture(
+        *(_resnet8, 5, {"shallow": 2, "medium": 3, "deep": 4}, (32,)),
+        stem_strides=(1, 2),
+    ),
     "resnet9": Architecture(_resnet9, 7, {"shallow": 1, "medium": 3, "deep": 4}, (32,)),
     "resnet18": Architecture(
-        _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32,)
+        _resnet18, 10, {"shallow": 2, "medium": 5, "deep": 7}, (32, 64)
     ),
     "resnet34": Architecture(_resnet34, 18, _RESNET34_CUTS, (224,)),
     "resnet34_64": Architecture(_resnet34_64, 18, _RESNET34_CUTS, (64,)),

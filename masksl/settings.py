@@ -20,6 +20,10 @@ Settings = dict[str, Value]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+EARLIER: Settings = {"method.name": "split", "model.stem_stride": 1}
+"""What holds for runs from the time before these keys."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line says what is wrong."""
 

@@ -85,6 +85,19 @@ def content(path: Path) -> dict[str, Any]:
         ("schedule.milestones=[9,3]", "schedule.milestones=[9, 3]: must be a list of"),
         ("link.up_mbps=0", "link.up_mbps=0: must be a number from 1e-9 to 1e12"),
         ("model=vgg19", "model.name='vgg19': must be a network for 8x8 images"),
+        ("model=mnist_net", "model.name='mnist_net': must be a network for 8x8 images"),
+        (
+            "model.stem_stride=2",
+            "model.stem_stride=2: must be 1, or 2 with model.name=r",
+        ),
+        (
+            "model.stem_stride=0",
+            "model.stem_stride=0: must be 1, or 2 with model.name=",
+        ),
+        (
+            "model.stem_stride=true",
+            "model.stem_stride=true: must be 1, or 2 with model",
+        ),
         ("dataset.partition=odd", "dataset.partition='odd': must be one of iid"),
         ("dataset.limit=0", "dataset.limit=0: must be null or a whole number"),
         ("dataset.limit=4", "clients=10: must be at most 4, the training samples"),
@@ -140,6 +153,18 @@ def test_bad_values_are_named(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("network", "data"),
+    [
+        *(("resnet18", "cifar100"), ("resnet18", "tinyimagenet")),
+        *(("mnist_net", "mnist"), ("mnist_net", "emnist")),
+    ],
+)
+def test_networks_take_the_images_that_they_name(network: str, data: str) -> None:
+    settings = settings_of(f"model={network}", f"dataset={data}", "cut=deep")
+    assert (settings["model.name"], settings["dataset.name"]) == (network, data)
+
+
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device='cuda': must be auto or cpu: 0 CUDA"):
@@ -166,6 +191,14 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
             "gradient_compressor.scope='sample': must be tensor with gradient_posit",
         ),
         (
+            ("model=resnet8", "dataset=cifar10", "model.stem_stride=3"),
+            "model.stem_stride=3: must be 1, or 2 with model.name=resnet8",
+        ),
+        (
+            ("model=resnet18", "dataset=cifar10", "model.stem_stride=2"),
+            "model.stem_stride=2: must be 1, or 2 with model.name=resnet8",
+        ),
+        (
             ("engine=flower", "engine.cpus_per_client=4096"),
             "engine.cpus_per_client=4096.0: must be at most",
         ),
@@ -179,6 +212,36 @@ def test_bad_combinations_are_named(overrides: tuple[str, ...], message: str) ->
     with pytest.raises(ConfigError) as caught:
         settings_of(*overrides)
     assert str(caught.value).startswith(message)
+
+
+def test_a_file_of_a_network_may_set_the_stride(tmp_path: Path) -> None:
+    """It precedes the default, and the command line precedes it; it may leave it
+    out."""
+    (tmp_path / "model").mkdir()
+    for name, text in (("strided", "stem_stride: 2\n"), ("plain", "")):
+        path = tmp_path / f"model/{name}.yaml"
+        path.write_text(f"name: resnet8\n{text}", encoding="utf-8")
+    job = (f"hydra.searchpath=[file://{tmp_path}]", "dataset=cifar10")
+    for overrides, stride in (
+        (("model=strided",), 2),
+        (("model=strided", "model.stem_stride=1"), 1),
+        (("model=plain",), 1),
+        (("model=resnet8", "model.stem_stride=2"), 2),
+    ):
+        settings = settings_of(*job, *overrides)
+        assert settings["model.stem_stride"] == stride
+        assert settings["model.name"] == "resnet8"
+
+
+def test_runs_from_before_a_key_are_resumed_with_what_held_then() -> None:
+    job = ("model=resnet8", "dataset=cifar10")
+    settings = settings_of(*job)
+    earlier = {k: v for k, v in settings.items() if k != "model.stem_stride"}
+    config.check_resume(settings, earlier, 1)
+    strided = settings_of(*job, "model.stem_stride=2")
+    for saved in (earlier, settings):
+        with pytest.raises(ConfigError, match="model.stem_stride .1 there, 2 here"):
+            config.check_resume(strided, saved, 1)
 
 
 def test_missing_keys_are_named() -> None:

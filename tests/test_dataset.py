@@ -103,6 +103,10 @@ def test_each_kind_of_partition() -> None:
     skewed = dataset.partition(DatasetConfig(partition="dirichlet", alpha=0.1), 10, 42)
     sizes = [len(part) for part in skewed]
     assert max(sizes) > 2 * min(sizes)
+    assert sum(classes(partition="dirichlet_equal", alpha=0.01)) < 35
+    level = DatasetConfig(partition="dirichlet_equal", alpha=0.1)
+    parts = dataset.partition(level, 10, 42)
+    assert [len(part) for part in parts] == [144] * 7 + [143] * 3
 
 
 @pytest.mark.parametrize(

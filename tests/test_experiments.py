@@ -89,6 +89,32 @@ def test_both_federations(federation: str, tiny_cifar: None, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "method", ["split", "fedavg", pytest.param("sasg", marks=pytest.mark.slow)]
+)
+def test_the_stride_of_the_stem_reaches_clients_and_server(
+    method: str, tmp_path: Path
+) -> None:
+    """Clients and server agree on it, and activations have a quarter of the
+    elements."""
+    job = (
+        *("dataset.name=toy", "model=resnet8", "rounds=1", "clients=2"),
+        *("dataset.limit=60", "compressor=none", f"method={method}"),
+    )
+    rows = []
+    for stride in (1, 2):
+        folder = tmp_path / str(stride)
+        main.run(settings_of(*job, f"model.stem_stride={stride}"), folder)
+        assert results.read_config(folder)["model.stem_stride"] == stride
+        rows += results.read_rows(folder)
+    sent = [row["bytes"]["training"]["up"] for row in rows]
+    assert rows[0]["loss"] != rows[1]["loss"]
+    if method == "split":
+        activations = [counts.pop("activation") for counts in sent]
+        assert activations[0] == pytest.approx(4 * activations[1], rel=0.01)
+    assert sent[0] == sent[1]  # the weights are as many
+
+
+@pytest.mark.parametrize(
     "options", ["precision=tf32", "precision=bfloat16", "channels_last=true"]
 )
 def test_faster_ways_to_compute_stay_near_float32(options: str, tmp_path: Path) -> None:

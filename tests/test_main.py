@@ -166,6 +166,7 @@ def refusal(
         ("model=", "model=: must be one of conv10, conv4, "),
         ("model=null", "model=null: must be one of conv10, conv4, "),
         ("model=3", "model=3: must be one of conv10, conv4, "),
+        ("dataset=nosuch", "dataset=nosuch: must be one of cifar10, cifar100, "),
         ("task=nosuch", "task=nosuch: must be one of fast_cifar10, "),
         ("federation=nosuch", "federation=nosuch: must be one of paper, public_code"),
         ("experiment=nosuch", "experiment=nosuch: must be one of cifar10_compressors"),

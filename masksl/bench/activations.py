@@ -20,6 +20,8 @@ from masksl.compress import decode, make
 from masksl.dataset import DatasetConfig, load
 from masksl.runtime import checkpoint
 from masksl.runtime.checkpoint import CheckpointError
+from masksl.runtime.results import network_name
+from masksl.settings import EARLIER
 from masksl.utils import seeded_generator
 
 HELD_OUT = 256  # number of images, taken from the start of the set
@@ -35,7 +37,7 @@ class Network:
     Parameters
     ----------
     model, dataset : str
-        Names of the network and of the data set.
+        Names of the network and of the data set; in a run, `results.network_name`.
     images : int | None
         Number of training images; in a run, summed over its rounds. None: all but those
         held out.
@@ -272,7 +274,7 @@ def figure2_of_run(folder: Path, root: str) -> dict[str, Any]:
     images, _ = data.test_batch(torch.arange(HELD_OUT))
     seen = sum(row["samples"] for row in facts["rows"])
     top1 = facts["rows"][-1]["top1"]
-    network = Network(name, dataset, seen, run["optimizer.lr"], top1)
+    network = Network(network_name(run), dataset, seen, run["optimizer.lr"], top1)
     return {"network": asdict(network), "rows": figure2(units, name, images)}
 
 
@@ -294,10 +296,10 @@ def trained(folder: Path) -> tuple[model.Units, dict[str, Any]]:
     from masksl.methods.split.server import network_of
 
     tensors, facts = checkpoint.read(folder)
-    run = facts["settings"]
+    run = EARLIER | facts["settings"]
     if run["client_sync"] == "never":
         raise CheckpointError(f"{folder}: its clients have a half each, expected one")
-    return list(network_of(tensors, run)), facts
+    return list(network_of(tensors, run)), facts | {"settings": run}
 
 
 def show_figure2(result: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ def frames_of(run: Path, root: str) -> tuple[dict[str, list[torch.Tensor]], Row]
     from masksl import model
     from masksl.bench.activations import activation, trained
     from masksl.dataset import DatasetConfig, load
+    from masksl.runtime.results import network_name
 
     units, facts = trained(run)
     settings = facts["settings"]
@@ -58,7 +59,7 @@ def frames_of(run: Path, root: str) -> tuple[dict[str, list[torch.Tensor]], Row]
         for cut, count in model.ARCHITECTURES[name].cuts.items()
     }
     network = {
-        "model": name,
+        "model": network_name(settings),
         "dataset": settings["dataset.name"],
         "top1": facts["rows"][-1]["top1"],
     }

@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from masksl import dataset, main, model, server_app
 from masksl.bench.apps import run_app, settings_of
+from masksl.methods.network import initial_units
 from masksl.modules import CompressedCut
 from masksl.runtime.compressors import compressor_of
 from masksl.settings import RunConfig, Settings, ThreadsConfig, read
 from masksl.training.optimizer import OptimizerConfig
-from masksl.utils import derive_seed, seeded_generator
+from masksl.utils import seeded_generator
 
 ROUNDS = 4  # of training; the first one warms up
 
@@ -179,7 +180,7 @@ def measure_bare(*overrides: str) -> dict[str, Any]:
     settings = settings_of(*overrides, "engine=local")
     config, clients, seed = main.division(settings)
     data = dataset.load(config)
-    network = _network(settings, data)
+    network = _network(settings)
     optimizer = read(OptimizerConfig, settings, "optimizer")
     loop = _Loop(
         settings,
@@ -223,13 +224,11 @@ def pytorchs(
     )
 
 
-def _network(settings: Settings, data: dataset.Dataset) -> nn.Sequential:
+def _network(settings: Settings) -> nn.Sequential:
     """Build both halves; between them, compress and change the number of threads."""
-    name, seed = str(settings["model.name"]), RunConfig.of(settings).seed
-    weights, spec = derive_seed(seed, "model"), data.spec
-    units = model.build(name, spec.classes, spec.channels, seed=weights)
-    cut = model.resolve_cut(name, settings["cut"])  # type: ignore[arg-type]
-    client, server = model.split(units, cut)
+    name, cut = str(settings["model.name"]), settings["cut"]
+    count = model.resolve_cut(name, cut)  # type: ignore[arg-type]
+    client, server = model.split(initial_units(settings), count)
     threads, rest = read(ThreadsConfig, settings, "threads"), _threads()
     return nn.Sequential(
         client,

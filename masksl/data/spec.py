@@ -11,7 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from masksl.data.images import DatasetError, FileImages, Images, TensorImages
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "class", "chunks")
+PARTITIONS = (
+    *("iid", "dirichlet", "dirichlet_equal", "pathological", "class", "chunks"),
+)
 
 
 class DatasetConfig(
@@ -30,11 +32,12 @@ class DatasetConfig(
     limit, test_limit : int | None
         Number of training, of test samples to use, the first ones; None for all.
     partition : str
-        ``iid``; ``dirichlet`` with ``alpha``; ``pathological`` with
+        ``iid``; ``dirichlet`` with ``alpha``; ``dirichlet_equal`` with ``alpha``, parts
+        of equal size: `masksl.data.dirichlet.deal`; ``pathological`` with
         ``classes_per_client``; ``class``: each class is at one client; ``chunks`` with
         ``classes_per_client``: `masksl.data.chunks.deal`.
     alpha : float
-        Concentration of the Dirichlet partition; smaller is more uneven.
+        Concentration of the Dirichlet partitions; smaller is more uneven.
     classes_per_client : int
         Number of classes of each client in a pathological partition, of chunks of each
         client in ``chunks``.

@@ -2,7 +2,8 @@
 
 from masksl import model
 from masksl.dataset import DATASETS, Spec
-from masksl.settings import RunConfig, Settings
+from masksl.model import ModelConfig
+from masksl.settings import RunConfig, Settings, read
 from masksl.utils import derive_seed
 
 
@@ -13,6 +14,9 @@ def spec_of(settings: Settings) -> Spec:
 
 def initial_units(settings: Settings) -> model.Units:
     """Return the units of the run's network, with weights drawn by the run's seed."""
-    name, spec = str(settings["model.name"]), spec_of(settings)
-    seed = derive_seed(RunConfig.of(settings).seed, "model")
-    return model.build(name, spec.classes, spec.channels, seed=seed)
+    config, spec = read(ModelConfig, settings, "model"), spec_of(settings)
+    return model.build(
+        *(config.name, spec.classes, spec.channels),
+        seed=derive_seed(RunConfig.of(settings).seed, "model"),
+        stem_stride=config.stem_stride,
+    )

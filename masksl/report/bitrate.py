@@ -52,9 +52,8 @@ _COLUMNS = {
 }
 # By partition, the key that describes it.
 _PARTITIONS = {
-    "dirichlet": "dataset.alpha",
-    "pathological": "dataset.classes_per_client",
-    "chunks": "dataset.classes_per_client",
+    **dict.fromkeys(("dirichlet", "dirichlet_equal"), "dataset.alpha"),
+    **dict.fromkeys(("pathological", "chunks"), "dataset.classes_per_client"),
 }
 # Prefixes of keys that may differ between runs of one line.
 _FREE = (
@@ -313,7 +312,7 @@ def _task(settings: Mapping[str, Any]) -> str:
     clients = "1 client" if number == 1 else f"{number} clients"
     if partition in _PARTITIONS:
         partition += f" {settings.get(_PARTITIONS[partition], MISSING)}"
-    names = settings["model.name"], settings["dataset.name"]
+    names = results.network_name(settings), settings["dataset.name"]
     return ", ".join([*names, clients, partition])
 
 

@@ -215,8 +215,8 @@ def read_run(folder: Path) -> Run:
     target = settings["target"]
     return Run(
         task=Task(
-            *(settings["dataset.name"], settings["model.name"], settings["clients"]),
-            method=method,
+            *(settings["dataset.name"], results.network_name(settings)),
+            *(settings["clients"], method),
         ),
         cut=str(settings["cut"]),
         compressor=name if stage == NONE else f"{name}+{stage}",

@@ -139,11 +139,12 @@ def _run_of(result: results.Result) -> _Run:
         if settings.get(key) is None:
             raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
     partition = str(settings["dataset.partition"])
-    if partition == "dirichlet":
+    if partition in ("dirichlet", "dirichlet_equal"):
         partition += f" {settings['dataset.alpha']:g}"
     number = settings["clients"]
     clients = "1 client" if number == 1 else f"{number} clients"
-    task = f"{settings['model.name']}, {settings['dataset.name']}, {clients}"
+    network = results.network_name(settings)
+    task = f"{network}, {settings['dataset.name']}, {clients}"
     up, down = settings["compressor.name"], settings["model_compressor.name"]
     name = display_name(up)
     return _Run(

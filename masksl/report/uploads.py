@@ -174,9 +174,9 @@ def _run_of(result: results.Result) -> _Run:
             raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
     if "elements" not in summary:
         raise ReportError(f"{result.folder / results.SUMMARY}: no elements")
-    workers = settings["clients"]
+    workers, network = settings["clients"], results.network_name(settings)
     return _Run(
-        task=f"{settings['model.name']}, {settings['dataset.name']}, {workers} workers",
+        task=f"{network}, {settings['dataset.name']}, {workers} workers",
         name=_name(settings),
         seed=settings["seed"],
         target=float(settings["target"]),

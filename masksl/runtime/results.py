@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from masksl.runtime.folder import FolderError, make, write_whole, writing
+from masksl.settings import EARLIER
 
 if TYPE_CHECKING:  # imported where figures are drawn: it takes a second
     from matplotlib.figure import Figure
@@ -23,7 +24,6 @@ SUMMARY = "summary.json"
 EVENTS = "events.jsonl"
 CURVES = "curves.png"
 _PATHS = ("dataset.root", "resume")
-_FIRST_METHOD = "split"  # method of runs from the time when there was no other
 # What every finished run has, by the file that holds it.
 _SETTINGS = ("dataset.name", "model.name", "clients", "seed", "compressor.name")
 _TOTALS = ("rounds", "top1", "bytes_total")
@@ -141,7 +141,17 @@ def read_config(path: Path) -> dict[str, Any]:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _damaged(file, error) from error
-    return {"method.name": _FIRST_METHOD} | _mapping(file, config)
+    return EARLIER | _mapping(file, config)
+
+
+def network_name(settings: Mapping[str, Any]) -> str:
+    """Return what the network of a run is called, which tells it from all others.
+
+    >>> network_name({"model.name": "resnet8", "model.stem_stride": 2})
+    'resnet8 (stem stride 2)'
+    """
+    name, stride = str(settings["model.name"]), settings["model.stem_stride"]
+    return name if stride == 1 else f"{name} (stem stride {stride})"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +168,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     file = path / SUMMARY
     summary = _parse(file, _read(file))
     _check_keys(file, summary, _TOTALS)
-    return {"method": _FIRST_METHOD} | summary
+    return {"method": EARLIER["method.name"]} | summary
 
 
 def _read(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-SCHEDULES = ("constant", "cosine", "multistep", "step", "onecycle")
+SCHEDULES = ("constant", "cosine", "multistep", "step", "exponential", "onecycle")
 
 # Of the one-cycle policy: the highest rate over the first, and the first over the last.
 _FIRST, _LAST = 25.0, 1e4
@@ -23,16 +23,18 @@ class ScheduleConfig(
     name : str
         ``constant``; ``cosine`` to zero over all rounds; ``multistep``, times ``gamma``
         after each of ``milestones`` rounds; ``step``, times ``gamma`` every ``every``;
-        ``onecycle``, which changes in every step of a client: from a 25th up to the
-        rate in the share ``peak`` of all steps, then down to almost zero, both along a
-        half cosine (Smith and Topin, 2017; as ``torch.optim.lr_scheduler.OneCycleLR``
-        without momentum).
+        ``exponential``, times ``gamma`` over ``every`` rounds, by an equal factor in
+        each of them; ``onecycle``, which changes in every step of a client: from a 25th
+        up to the rate in the share ``peak`` of all steps, then down to almost zero,
+        both along a half cosine (Smith and Topin, 2017; as
+        ``torch.optim.lr_scheduler.OneCycleLR`` without momentum).
     milestones : tuple[int, ...]
         Completed rounds after which the rate drops.
     gamma : float
-        Factor of a drop.
+        Factor of a drop; in ``exponential`` that of ``every`` rounds.
     every : int
-        Rounds between two drops.
+        Rounds between two drops of ``step``; rounds in which ``exponential`` falls to
+        ``gamma`` times its rate.
     peak : float
         Share of all steps after which ``onecycle`` is at its highest.
     warmup : float
@@ -83,6 +85,8 @@ class ScheduleConfig(
                 return self.gamma ** sum(done >= stone for stone in self.milestones)
             case "step":
                 return self.gamma ** (done // self.every)
+            case "exponential":
+                return self.gamma ** (done / self.every)
         return 1.0
 
     def one_cycle(self, lr: float, number: int, steps: int) -> float:

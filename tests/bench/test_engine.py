@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from masksl.bench import engine, exchanges, iterations, memory, steps
+from tests.conftest import settings_of
 
 
 def test_exchanges_are_timed() -> None:
@@ -32,6 +34,15 @@ def test_steps_of_the_bare_loop_and_of_an_engine() -> None:
     engine._add_ratios(rows, "step_ms", "bare loop", ("job",))
     assert rows[0]["times_bare"] == 1
     assert rows[1]["times_bare"] == rows[1]["step_ms"] / rows[0]["step_ms"]
+
+
+def test_the_bare_loop_has_the_network_of_the_run() -> None:
+    job = ("model=resnet8", "dataset=cifar10", "cut=medium", "compressor=none")
+    images = torch.randn(2, 3, 32, 32)
+    for stride, side in ((1, 16), (2, 8)):
+        settings = settings_of(*job, f"model.stem_stride={stride}")
+        client = steps._network(settings)[0]
+        assert client(images).shape == (2, 32, side, side)
 
 
 def test_parts_of_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,10 +215,15 @@ def height(image: Path) -> int:
     return int.from_bytes(image.read_bytes()[20:24], "big")
 
 
-def test_each_partition_is_a_task_with_its_panels(runs: Path, texts: Texts) -> None:
-    change_config(runs / "qu/1", dataset__partition="chunks")
+@pytest.mark.parametrize(
+    ("partition", "described"), [("chunks", "2"), ("dirichlet_equal", "0.5")]
+)
+def test_each_partition_is_a_task_with_its_panels(
+    partition: str, described: str, runs: Path, texts: Texts
+) -> None:
+    change_config(runs / "qu/1", dataset__partition=partition)
     after = bitrate(runs)["bitrate.md"]
-    task = "mlp_digits, digits, 3 clients, chunks 2"
+    task = f"mlp_digits, digits, 3 clients, {partition} {described}"
     cells = tables(texts["bitrate.md"])[0]["fedavg, qu"] | {"task": task}
     assert tables(after)[0]["fedavg, qu"] == cells
     assert height(runs / "bitrate.png") == 2 * 4 * 110

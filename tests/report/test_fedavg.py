@@ -43,6 +43,19 @@ def cells(folder: Path) -> dict[tuple[str, str], list[str]]:
     return {(row[1], row[2]): row[3:] for row in rows}
 
 
+def test_networks_of_different_strides_are_different_tasks(tmp_path: Path) -> None:
+    """Runs from before the key had the stride 1."""
+    for number, stride in enumerate((None, 1, 2)):
+        more: dict[str, Any] = {} if stride is None else {"model.stem_stride": stride}
+        synthetic(tmp_path / str(number), [0.5], seed=number, **more)
+    lines = fedavg(tmp_path)["fedavg.md"].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in lines]
+    assert rows == [
+        ["lenet (stem stride 2), mnist, 2 clients", "iid", "none", "1"],
+        ["lenet, mnist, 2 clients", "iid", "none", "2"],
+    ]
+
+
 def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
     synthetic(tmp_path / "a", [0.5, 0.975, 0.99])
     synthetic(tmp_path / "b", [0.97, 0.98, 0.96], seed=2)
@@ -56,6 +69,8 @@ def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
     synthetic(tmp_path / "f", [0.2], 250_000, **sp, **half)
     down: dict[str, Any] = {"model_compressor.name": "qu", "model_compressor.bits": 8}
     synthetic(tmp_path / "g", [0.995], **half, **down)
+    level = half | {"dataset.partition": "dirichlet_equal"}
+    synthetic(tmp_path / "h", [0.2], **level)
     assert cells(tmp_path) == {
         ("iid", "none"): [
             *("2", "97.50 ± 2.12"),
@@ -70,9 +85,10 @@ def test_rounds_and_bytes_are_those_until_the_targets(tmp_path: Path) -> None:
             *("1", "99.50", "1.0", "2.00", "–", "1.0", "2.00", "–"),
         ],
         ("dirichlet 0.5", "SP"): ["1", "20.00", *("INF", "INF", "–") * 2],
+        ("dirichlet_equal 0.5", "none"): ["1", "20.00", *("INF", "INF", "–") * 2],
     }
     rows = list(csv.DictReader(fedavg(tmp_path)["fedavg.csv"].splitlines()))
-    assert len(rows) == 6
+    assert len(rows) == 7
     found = {(row["compressor"], row["partition"], row["seed"]): row for row in rows}
     assert found["SP", "iid", "1"]["bytes to 0.97"] == "1000000"
     assert found["SP", "iid", "2"]["rounds to 0.97"] == ""

@@ -207,12 +207,13 @@ def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"{path}: format 1, this version reads format 2"
 
 
-def test_results_without_a_method_are_those_of_split(tmp_path: Path) -> None:
+def test_results_without_a_key_have_what_held_before_it(tmp_path: Path) -> None:
     summary = {"top1": 0.5, "rounds": 3, "bytes_total": 7}
     (tmp_path / results.SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
     (tmp_path / results.CONFIG).write_text("rounds: 3\n", encoding="utf-8")
     assert results.read_summary(tmp_path) == {"method": "split"} | summary
-    assert results.read_config(tmp_path) == {"method.name": "split", "rounds": 3}
+    config = {"method.name": "split", "model.stem_stride": 1, "rounds": 3}
+    assert results.read_config(tmp_path) == config
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Schedules of the learning rate, beside PyTorch's own."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
 
 from masksl.settings import ConfigError
 from masksl.training.network import LocalNetwork
@@ -38,6 +39,37 @@ def test_schedules_by_round() -> None:
     assert steps == pytest.approx([1, 1, 0.2, 0.2, 0.04])
     assert rates_of(4, name="step", every=2) == pytest.approx([1, 1, 0.1, 0.1])
     assert rates_of(2, 2, name="step", every=1) == pytest.approx([1, 1, 0.1, 0.1])
+    assert rates_of(2, 2, name="exponential", every=1) == pytest.approx(
+        [1, 1, 0.1, 0.1]
+    )
+
+
+@pytest.mark.parametrize(("gamma", "every"), [(0.1, 30), (0.5, 4), (1.0, 3), (0.9, 1)])
+def test_exponential_falls_by_gamma_over_some_rounds(gamma: float, every: int) -> None:
+    rates = rates_of(
+        3 * every + 1, lr=0.2, name="exponential", gamma=gamma, every=every
+    )
+    stairs = rates_of(3 * every + 1, lr=0.2, name="step", gamma=gamma, every=every)
+    assert rates[::every] == pytest.approx(stairs[::every])
+    factors = [after / before for before, after in pairwise(rates)]
+    assert factors == pytest.approx([gamma ** (1 / every)] * (3 * every))
+
+
+def test_exponential_is_pytorchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedule = ExponentialLR(optimizer, 0.1 ** (1 / 20))
+    for rate in rates_of(50, lr=0.3, name="exponential", every=20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.step()
+        schedule.step()
+
+
+def test_exponential_is_the_same_for_any_number_of_rounds() -> None:
+    rates = rates_of(9, name="exponential", every=2)
+    assert rates[:5] == rates_of(5, name="exponential", every=2)
+    assert not ScheduleConfig(name="exponential").depends_on_rounds
+    last = rates_of(2000, name="exponential", gamma=1e-9, every=1)[-1]
+    assert last == 0.0  # not an error
 
 
 def test_cosine_is_pytorchs() -> None:

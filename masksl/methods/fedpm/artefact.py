@@ -34,7 +34,7 @@ def dump(frozen: Frozen, mask: np.ndarray, network: dict[str, Any]) -> bytes:
     mask : numpy.ndarray
         Which of them are kept, bool, shape (d,).
     network : dict[str, str | int]
-        Its name, ``model``; ``classes`` and ``channels``.
+        Its name, ``model``; ``classes`` and ``channels``; ``stem_stride``.
     """
     facts = network | {"constant": frozen.constant, "seed": frozen.seed}
     return json.dumps(facts).encode() + b"\n" + encode_mask(frozen, mask)
@@ -62,7 +62,9 @@ def load(path: str | Path) -> nn.Module:
     try:
         facts = json.loads(line)
         shape = facts["model"], int(facts["classes"]), int(facts["channels"])
-        module = nn.Sequential(*model.build(*shape, seed=0))
+        stride = int(facts.get("stem_stride", 1))
+        units = model.build(*shape, seed=0, stem_stride=stride)
+        module = nn.Sequential(*units)
         frozen = Frozen.of(module, float(facts["constant"]), int(facts["seed"]))
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"{path}: no model of FedPM ({error})") from error

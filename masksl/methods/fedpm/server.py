@@ -258,6 +258,7 @@ class FedPmServer(ServerMethod):
             "model": self._settings["model.name"],
             "classes": spec.classes,
             "channels": spec.channels,
+            "stem_stride": self._settings["model.stem_stride"],
         }
         return {artefact.NAME: artefact.dump(self.frozen, self.mask, network)}
 

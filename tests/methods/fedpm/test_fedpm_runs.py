@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from masksl import main
+from masksl import main, model
 from masksl.compress import FrameError
 from masksl.dataset import DatasetConfig, load
 from masksl.methods.fedpm import artefact
@@ -67,6 +68,30 @@ def test_the_model_of_a_run_is_a_plain_module(tmp_path: Path) -> None:
         file.write_bytes(broken)
         with pytest.raises(FrameError):
             artefact.load(file)
+
+
+def test_the_model_of_a_run_has_the_stride_of_its_stem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def build(classes: int, channels: int, stem_stride: int = 1) -> model.Units:
+        stem = nn.Conv2d(channels, 4, 3, stem_stride), nn.ReLU()
+        head = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, classes)
+        return [nn.Sequential(*stem), nn.Sequential(*head)]
+
+    architecture = model.Architecture(build, 2, {}, (), (1,), stem_strides=(1, 2))
+    monkeypatch.setitem(model.ARCHITECTURES, "fedpm_strided", architecture)
+    for stride in (1, 2):
+        own = ("model.name=fedpm_strided", f"model.stem_stride={stride}", "rounds=1")
+        main.run(settings_of(*SMALL, *own), tmp_path / str(stride))
+        file = tmp_path / str(stride) / artefact.NAME
+        assert artefact.load(file)[0][0].stride == (stride, stride)  # type: ignore
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"stem_stride": 2', b'"stem_stride": 3'))
+    with pytest.raises(FrameError, match="no model of FedPM .stem_stride=3: must be"):
+        artefact.load(file)
+    # A file from before the stride was written into it.
+    file.write_bytes(content.replace(b', "stem_stride": 2', b""))
+    assert artefact.load(file)[0][0].stride == (1, 1)  # type: ignore
 
 
 @pytest.mark.slow
