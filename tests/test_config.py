@@ -281,6 +281,7 @@ def test_every_key_is_declared_once_and_used() -> None:
 # What the default job, or the file of a method, sets.
 OVERRIDDEN = {
     "every": {"optimizer.lr"},
+    "flash": {"optimizer.momentum", "optimizer.weight_decay", "batch_size"},
     "fedpm": {"optimizer.name", "optimizer.weight_decay", "model.name"},
 }
 

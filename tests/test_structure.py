@@ -38,12 +38,13 @@ IMPORTS: dict[str, set[str]] = {
     },
     # the configurations alone
     "methods": {
-        *("methods.fedavg", "methods.fedpm", "methods.sasg", "methods.split"),
-        "settings",
+        *("methods.fedavg", "methods.fedpm", "methods.flash", "methods.sasg"),
+        *("methods.split", "settings"),
     },
     "methods.base": METHOD,
     "methods.fedavg": METHOD | {"methods.fedavg"},
     "methods.fedpm": METHOD | {"methods.fedpm"},
+    "methods.flash": METHOD | {"methods.flash"},
     "methods.sasg": METHOD | {"methods.sasg"},
     "methods.split": METHOD | {"methods.split"},
     "strategy": {"methods.base", "runtime", "settings", "training", "utils"},
@@ -72,6 +73,7 @@ SHARED = {
     "client",
     "evaluation",
     "global_model",
+    "local",
     "network",
 }  # of methods/: every method imports them
 FRAMEWORKS = {"flwr", "ray", "hydra", "grpc"}
@@ -80,6 +82,7 @@ ALLOWED = {
     "methods.base": {"flwr"},
     "methods.fedavg": {"flwr"},
     "methods.fedpm": {"flwr"},
+    "methods.flash": {"flwr"},
     "methods.sasg": {"flwr"},
     "methods.split": {"flwr"},
     "client_app": {"flwr"},
