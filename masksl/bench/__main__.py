@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from masksl.bench import activations, coding, compress, masks, sets
+from masksl.bench import activations, coding, compress, masks, pruning, sets
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
@@ -45,6 +45,9 @@ def main() -> None:
 
     kept = commands.add_parser("masks", help="FedPM's masks and votes, by each code")
     kept.add_argument("--repeats", type=int, default=5, help="times each is timed")
+
+    pruned = commands.add_parser("pruning", help="FLASH's masks beside its training")
+    pruned.add_argument("--repeats", type=int, default=3, help="times each is timed")
 
     targets = commands.add_parser(
         "activations", help="bits of ec and ms at one error, on CIFAR-10 activations"
@@ -80,9 +83,9 @@ def main() -> None:
     )
     engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
 
-    for command in (speed, together, kept, targets, curves):
+    for command in (speed, together, kept, pruned, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
-    for command in (speed, together, coded, kept, targets, curves, engines):
+    for command in (speed, together, coded, kept, pruned, targets, curves, engines):
         command.add_argument("--json", help="file to write, default bench_NAME.json")
     for command in (coded, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
@@ -119,6 +122,9 @@ def run(arguments: argparse.Namespace) -> None:
         case "masks":
             result["rows"] = masks.measure(arguments.repeats)
             masks.show(result["rows"])
+        case "pruning":
+            result["rows"] = pruning.measure(arguments.repeats)
+            pruning.show(result["rows"])
         case "activations":
             result["rows"] = activations.targets(arguments.root, arguments.vgg19_images)
             activations.show_targets(result["rows"])

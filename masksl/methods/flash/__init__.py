@@ -62,6 +62,9 @@ class FlashConfig(Section):
         Whether the first layer has a mask.
     mask_shortcuts : bool
         Whether convolutions of 1x1 have a mask.
+    softmax : bool
+        Whether a softmax stands before the loss, which has one of its own, as in the
+        network of the authors for MNIST.
     rest : str
         What biases and normalisation travel in, ``float32`` or ``bfloat16``.
     feedback : bool
@@ -103,6 +106,7 @@ class FlashConfig(Section):
     scale_init: bool = Field(False, description="true or false")
     mask_first: bool = Field(True, description="true or false")
     mask_shortcuts: bool = Field(True, description="true or false")
+    softmax: bool = Field(False, description="true or false")
     rest: Literal["float32", "bfloat16"] = Field(
         "float32", description="one of float32, bfloat16"
     )

@@ -1,18 +1,17 @@
 """The client side of FLASH."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from flwr.app import RecordDict
-from torch import nn
 
 from masksl.codec import topk
 from masksl.methods.client import Client, ClientMethod, place_of
 from masksl.methods.flash import FlashConfig
 from masksl.methods.flash.coding import MaskCoding, Versioned, pack_counts
-from masksl.methods.flash.evolution import Evolution, Plan
+from masksl.methods.flash.evolution import Evolution, Plan, UnderMask
 from masksl.methods.flash.messages import (
     COUNTS,
     HELD,
@@ -21,7 +20,7 @@ from masksl.methods.flash.messages import (
     UPDATE,
     WARMUP,
 )
-from masksl.methods.flash.start import FIRST, Start
+from masksl.methods.flash.start import FIRST, Start, network_of
 from masksl.methods.flash.values import ValueCoding
 from masksl.methods.local import run_epochs
 from masksl.runtime import messages
@@ -77,7 +76,7 @@ def warm_up(client: Client, content: RecordDict) -> RecordDict:
         epochs, target = config.warmup_epochs, layers.kept(config.density)
         evolution = Evolution(mask, target, start.growth(client.number, 0))
         plan = Plan(client.train_steps(), epochs, config.prune_rate)
-        under = _UnderMask(network.tensors, evolution, plan)
+        under = UnderMask(network.tensors, evolution, plan)
         rates = client.setup.rates(1, rounds)
         run_epochs(client, network, epochs, rates, place=0, after=under.after)
     counts = pack_counts(layers.counts(mask.cpu().numpy()))
@@ -101,7 +100,7 @@ def train(client: Client, content: RecordDict) -> RecordDict:
         evolution = Evolution(mask, int(more["target"]), growth)
         rate = config.cut_in(place.round, rounds)
         plan = Plan(client.train_steps(), config.local_epochs, rate)
-        under = _UnderMask(network.tensors, evolution, plan)
+        under = UnderMask(network.tensors, evolution, plan)
         rates = client.setup.rates(place.round, rounds)
         epochs = config.local_epochs
         loss, samples = run_epochs(client, network, epochs, rates, after=under.after)
@@ -128,51 +127,13 @@ def own_state(settings: Settings) -> Sequence[str]:
 
 
 CLIENT = ClientMethod(
-    lambda settings, units: nn.Sequential(*units),
+    network_of,
     {TRAIN: train, WARMUP: warm_up},
     own_state,
 )
 
 
 # --- training -------------------------------------------------------------------------
-
-
-@dataclass
-class _UnderMask:
-    """Keeps weights under a mask while they are trained.
-
-    Parameters
-    ----------
-    tensors : dict[str, torch.Tensor]
-        Parameters and buffers by name; weights are masked in place.
-    evolution : Evolution
-        The mask.
-    plan : Plan
-        When it changes.
-    """
-
-    tensors: Tensors
-    evolution: Evolution
-    plan: Plan
-    _factors: Tensors = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Prepare the factors of the weights."""
-        self._renew()
-
-    def after(self, step: int) -> None:
-        """Mask the weights after a step, and adjust the mask where it is due."""
-        with torch.no_grad():
-            for name, factor in self._factors.items():
-                self.tensors[name].mul_(factor)
-            if rate := self.plan.rate_after(step):
-                self.evolution.adjust(self.tensors, rate)
-                self._renew()
-
-    def _renew(self) -> None:
-        mask = self.evolution.mask
-        if not mask.all():
-            self._factors = self.evolution.growth.layers.named(mask.float())
 
 
 def _encoded(

@@ -10,6 +10,7 @@ import torch
 
 from masksl.codec import philox, topk
 from masksl.methods.flash.layers import Layers
+from masksl.training.tensors import Tensors
 
 _MOST_SPREADS = 1000  # of growth for which layers have no room
 _MOST_GROWN = 0.99  # share of the inactive weights of a layer that may become active
@@ -169,6 +170,44 @@ class Evolution:
         self._errors.append(error)
         mean = sum(self._errors) / len(self._errors)
         self._correction = 0.25 * self._correction + 0.75 * error + mean
+
+
+@dataclass
+class UnderMask:
+    """Keeps weights under a mask while they are trained.
+
+    Parameters
+    ----------
+    tensors : dict[str, torch.Tensor]
+        Parameters and buffers by name; weights are masked in place.
+    evolution : Evolution
+        The mask.
+    plan : Plan
+        When it changes.
+    """
+
+    tensors: Tensors
+    evolution: Evolution
+    plan: Plan
+    _factors: Tensors = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Prepare the factors of the weights."""
+        self._renew()
+
+    def after(self, step: int) -> None:
+        """Mask the weights after a step, and adjust the mask where it is due."""
+        with torch.no_grad():
+            for name, factor in self._factors.items():
+                self.tensors[name].mul_(factor)
+            if rate := self.plan.rate_after(step):
+                self.evolution.adjust(self.tensors, rate)
+                self._renew()
+
+    def _renew(self) -> None:
+        mask = self.evolution.mask
+        if not mask.all():
+            self._factors = self.evolution.growth.layers.named(mask.float())
 
 
 def spread(shares: Sequence[float], budget: float, room: Sequence[int]) -> list[int]:

@@ -20,7 +20,7 @@ from masksl.methods.flash.coding import MaskCoding, unpack_counts
 from masksl.methods.flash.layers import NetworkError
 from masksl.methods.flash.masks import Masks
 from masksl.methods.flash.messages import COUNTS, HELD, MASK, TRAIN, UPDATE, WARMUP
-from masksl.methods.flash.start import FIRST, Start
+from masksl.methods.flash.start import FIRST, Start, network_of
 from masksl.methods.flash.values import ValueCoding
 from masksl.methods.network import initial_units
 from masksl.runtime import messages
@@ -112,7 +112,7 @@ class FlashServer(ServerMethod):
         """Build the network from the seed."""
         del clients
         device = resolve_device(RunConfig.of(settings).device)
-        module = nn.Sequential(*initial_units(settings)).to(device)
+        module = network_of(settings, initial_units(settings)).to(device)
         try:
             return cls(settings, module)
         except NetworkError as error:

@@ -13,10 +13,17 @@ from torch import nn
 from masksl.methods.flash import FlashConfig
 from masksl.methods.flash.evolution import Evolution, Growth
 from masksl.methods.flash.layers import Layers, allot, draw
+from masksl.settings import Settings
 from masksl.training.tensors import Tensors, copies, tensors_of
 from masksl.utils import derive_seed
 
 FIRST = 1  # version of the first mask
+
+
+def network_of(settings: Settings, units: Sequence[nn.Module]) -> nn.Sequential:
+    """Return the network of a run, given its units."""
+    end = [nn.Softmax(dim=1)] if settings["method.softmax"] else []
+    return nn.Sequential(*units, *end)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_the_mask_for_all_has_at_most_its_density(rebuild: str) -> None:
         assert row["density"] > row["density_masked"] == kept / ELEMENTS
         assert 0 < row["overlap"] < 1 and "top1_union" in row
         masks.append(mask(training))
-    assert not np.array_equal(*masks)
+    assert not np.array_equal(masks[0], masks[1])
 
 
 def test_without_cutting_the_mask_stays() -> None:
@@ -117,9 +117,7 @@ def test_clients_have_masks_of_their_own() -> None:
     for number, version in masks.own.items():
         held = training.client(number).state[HELD]
         assert int(held["version"]) == version
-        assert np.array_equal(
-            masks.coding.of_tensors(held).mask, masks[version].mask
-        )
+        assert np.array_equal(masks.coding.of_tensors(held).mask, masks[version].mask)
     assert training.rows[-1]["density"] > training.rows[-1]["density_masked"]
     assert server.version == 3
 
@@ -156,6 +154,12 @@ def test_masks_of_groups_are_nested(variant: str) -> None:
         assert before is not None and np.array_equal(whole[0], before)
         half = int(small.sum()) / (0.05 * ELEMENTS)
         assert half == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_softmax_before_the_loss_is_an_option() -> None:
+    """Its loss is between that of all right and that of all wrong, 1 apart."""
+    row = train(*SMALL, "method.softmax=true", "rounds=1").rows[0]
+    assert 1.46 < row["loss"] < 2.47 and 1.46 < row["test_loss"] < 2.47
 
 
 # --- bytes ----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def trio(**options: Any) -> Start:
     ],
 )
 def test_networks_have_the_published_numbers_of_maskable_weights(
-    name: str, channels: int, options: dict[str, bool], layers: int, weights: int
+    name: str, channels: int, options: dict[str, Any], layers: int, weights: int
 ) -> None:
     units = model.build(name, 10, channels, seed=1)
     found = Layers.of(nn.Sequential(*units), FlashConfig(**options))
@@ -161,7 +161,10 @@ def test_an_adjustment_keeps_the_number_of_weights(density: float) -> None:
         active = magnitudes[own][before[own]]
         inactive = 1 - before[own].mean()
         rate = min(0.25, inactive) if inactive < 0.2 else 0.25
-        assert len(gone) in {math.ceil(0.25 * len(active)), math.ceil(rate * len(active))}
+        assert len(gone) in {
+            math.ceil(0.25 * len(active)),
+            math.ceil(rate * len(active)),
+        }
         if len(gone) < len(active):
             assert magnitudes[own][gone].max() <= np.sort(active)[len(gone)]
 
