@@ -6,12 +6,15 @@ Tables are written as Markdown and CSV, figures as PNG, into the folder or the o
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from masksl.report.bitrate import bitrate
 from masksl.report.fedavg import fedavg
 from masksl.report.figure2 import figure2
 from masksl.report.figure3 import figure3
+from masksl.report.flash import EVERY, flash
 from masksl.report.plot import plot
 from masksl.report.runs import runs
 from masksl.report.table1 import table1
@@ -20,7 +23,7 @@ from masksl.report.uploads import uploads
 from masksl.runtime.folder import FolderError, write_whole
 from masksl.runtime.results import collect
 
-REPORTS = {
+REPORTS: dict[str, Callable[..., dict[str, str]]] = {
     "runs": runs,
     "table1": table1,
     "figure2": figure2,
@@ -28,8 +31,11 @@ REPORTS = {
     "fedavg": fedavg,
     "uploads": uploads,
     "bitrate": bitrate,
+    "flash": flash,
 }
 PLOT = "plot"
+# Options that one report alone has, by its name.
+OPTIONS = {PLOT: ("x", "y"), "flash": ("every", "by_round")}
 
 
 def main() -> None:
@@ -47,6 +53,18 @@ def main() -> None:
     )
     parser.add_argument("--x", metavar="COLUMN", help="of plot: what to draw over")
     parser.add_argument("--y", metavar="COLUMN", help="of plot: what to draw")
+    parser.add_argument(
+        "--every",
+        type=int,
+        metavar="N",
+        help=f"of flash: rounds from one test to the next, {EVERY} by default",
+    )
+    parser.add_argument(
+        "--by-round",
+        action="store_true",
+        default=None,
+        help="of flash: a table with a line for each round, too",
+    )
     arguments = parser.parse_args()
     try:
         _report(arguments)
@@ -57,20 +75,32 @@ def main() -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     """Write a report and print its tables, or the names of the files of a plot."""
-    name, x, y = arguments.report, arguments.x, arguments.y
+    name, options = arguments.report, _options(arguments)
     if not arguments.folder.is_dir():
         raise ReportError(f"folder={str(arguments.folder)!r}: not a folder")
     if name == PLOT:
-        for line in plot(arguments.folder, x, y, arguments.into):
+        into = arguments.into
+        for line in plot(arguments.folder, arguments.x, arguments.y, into):
             print(line)
         return
-    if (x, y) != (None, None):
-        raise ReportError(f"--x, --y: of {PLOT} alone, not of {name}")
     folder = _results_folder(arguments.folder, arguments.into)
-    for file, text in REPORTS[name](folder).items():
+    for file, text in REPORTS[name](folder, **options).items():
         write_whole(folder / file, text)
         if file.endswith(".md"):
             print(text, end="")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are given; those of another report are refused."""
+    given: dict[str, Any] = {}
+    for report, names in OPTIONS.items():
+        values = {name: getattr(arguments, name) for name in names}
+        own = {name: value for name, value in values.items() if value is not None}
+        if own and report != arguments.report:
+            listed = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise ReportError(f"{listed}: of {report} alone, not of {arguments.report}")
+        given |= own
+    return given
 
 
 def _results_folder(folder: Path, into: Path | None) -> Path:

@@ -7,27 +7,32 @@ the rounds. The server scores the test set, so evaluation sends nothing. The for
 the figure of FedPM's authors, the entropy of a mask.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from masksl.report.cells import NONE, rank
-from masksl.report.lines import check_lines
-from masksl.report.tables import (
-    MISSING,
-    ReportError,
-    comma_separated,
-    markdown,
-    with_spread,
+from masksl.report.cells import FREE, NONE, rank
+from masksl.report.lines import (
+    Lines,
+    Run,
+    cell,
+    check_keys,
+    check_rounds,
+    differing,
+    each_line,
+    grouped,
+    in_words,
+    mean_of,
+    task_of,
+    without,
 )
+from masksl.report.tables import ReportError, comma_separated, markdown
 from masksl.runtime import results
 from masksl.runtime.folder import write_whole
 
@@ -50,23 +55,13 @@ _COLUMNS = {
     FEDPM: ("messages", "bits_formula", "top1_drawn", "top1_mean"),
     FEDAVG: ("messages",),
 }
-# By partition, the key that describes it.
-_PARTITIONS = {
-    **dict.fromkeys(("dirichlet", "dirichlet_equal"), "dataset.alpha"),
-    **dict.fromkeys(("pathological", "chunks"), "dataset.classes_per_client"),
-}
-# Prefixes of keys that may differ between runs of one line.
-_FREE = (
-    *("seed", "dataset.root", "engine.", "checkpoint.", "resume", "target"),
-    "tracking.",
-)
-# Prefixes of keys that may also differ between lines.
+# Prefixes of keys that may differ between lines.
 _VARIANT = ("method.", "compressor.", "model_compressor.", "optimizer.", "plugins")
 # Keys that every name contains.
-_NAMED = (
+_NAMED = {
     *("method.name", "method.code", "method.aggregate", "compressor.name"),
     "model_compressor.name",
-)
+}
 
 
 class Point(NamedTuple):
@@ -94,40 +89,25 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Run(Run):
     """A finished run.
 
     Parameters
     ----------
-    task, name : str
-        Network, data set, clients and partition; method with its settings.
-    seed : int
-        Its seed.
     order : tuple[Any, ...]
         Place of its line in the tables.
     model_bytes : int
         Size of the final model: of a coded mask for FedPM, else of float32 weights.
     points : list[Point]
         Its rounds.
-    settings : Mapping[str, Any]
-        The part of its configuration that all runs of a line share.
     """
 
-    task: str
-    name: str
-    seed: int
     order: tuple[Any, ...]
     model_bytes: int
     points: list[Point]
-    settings: Mapping[str, Any]
-
-    @property
-    def title(self) -> str:
-        """What it is called in error lines."""
-        return f"{self.task}, {self.name}"
 
 
-_Lines = dict[str, dict[str, list[_Run]]]
+_Lines = Lines[_Run]
 _Value = Callable[[_Run], float | None]
 
 
@@ -169,14 +149,9 @@ def _read(folder: Path) -> _Lines:
         raise ReportError(f"no {results.SUMMARY} below {folder}")
     for result in found:
         _check_result(result)
-    weights, named = _weights(found), _differing([r.settings for r in found])
-    runs = [_run_of(result, weights, named) for result in found]
-    lines: _Lines = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.task, run.order, run.seed)):
-        lines[run.task][run.name].append(run)
-    for by_name in lines.values():
-        check_lines(by_name, _VARIANT)
-    return lines
+    weights, named = _weights(found), _named([r.settings for r in found])
+    runs = (_run_of(result, weights, named) for result in found)
+    return grouped(runs, lambda run: run.order, _VARIANT)
 
 
 def _check_result(result: results.Result) -> None:
@@ -189,20 +164,9 @@ def _check_result(result: results.Result) -> None:
     if settings["method.name"] != method:
         text = f"method={method}, {settings['method.name']} by {results.CONFIG}"
         raise ReportError(f"{folder / results.SUMMARY}: {text}")
-    for key in (*_COMMON, *_SETTINGS[method]):
-        if settings.get(key) is None:
-            raise ReportError(f"{folder / results.CONFIG}: no {key}")
-    for key in _SUMMARY[method]:
-        if not result.summary.get(key):
-            raise ReportError(f"{folder / results.SUMMARY}: no {key}")
-    if (rows := len(result.rows)) != settings["rounds"]:
-        text = f"{rows} rows, rounds={settings['rounds']} by {results.CONFIG}"
-        raise ReportError(f"{folder / results.METRICS}: {text}")
-    for number, row in enumerate(result.rows, 1):
-        for key in _COLUMNS[method]:
-            if key not in row:
-                place = f"{folder / results.METRICS}, line {number}"
-                raise ReportError(f"{place}: no {key}")
+    needed = (*_COMMON, *_SETTINGS[method])
+    check_keys(result, needed, _SUMMARY[method], _COLUMNS[method])
+    check_rounds(result)
     if method == FEDAVG and settings["method.evaluate"] != "server":
         text = f"method.evaluate={settings['method.evaluate']}, not server"
         raise ReportError(f"{folder / results.CONFIG}: {text}")
@@ -220,13 +184,13 @@ def _run_of(
         raise ReportError(f"{result.folder / results.SUMMARY}: {text}")
     name = _name(settings, named[settings["method.name"]])
     return _Run(
-        task=_task(settings),
+        task=task_of(settings),
         name=name,
         seed=settings["seed"],
         order=(*_rank(settings), name),
         model_bytes=summary.get("model_bytes", 4 * known),
         points=[_point(result, row, known) for row in result.rows],
-        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
+        settings=without(settings, (*FREE, "target")),
     )
 
 
@@ -306,16 +270,6 @@ def _computed_weights(result: results.Result) -> int | None:
 # --- names ----------------------------------------------------------------------------
 
 
-def _task(settings: Mapping[str, Any]) -> str:
-    """Return what runs must have in common to be compared, in words."""
-    number, partition = settings["clients"], str(settings["dataset.partition"])
-    clients = "1 client" if number == 1 else f"{number} clients"
-    if partition in _PARTITIONS:
-        partition += f" {settings.get(_PARTITIONS[partition], MISSING)}"
-    names = results.network_name(settings), settings["dataset.name"]
-    return ", ".join([*names, clients, partition])
-
-
 def _name(settings: Mapping[str, Any], named: set[str]) -> str:
     """Return the name of a line: method, code or compressor, and what else differs."""
     method = settings["method.name"]
@@ -326,41 +280,24 @@ def _name(settings: Mapping[str, Any], named: set[str]) -> str:
         if settings.get("method.aggregate") == "majority":
             up += " majority"
         parts = [method, up, *([f"down {down}"] if down != NONE else [])]
-    for key in sorted(named & settings.keys()):
-        value = settings[key]
-        group, option = key.split(".", 1)
-        if group == "model_compressor":
-            option = f"down {option}"
-        parts.append(str(value) if option == "name" else f"{option} {value}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *in_words(settings, named)])
 
 
-def _differing(several: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+def _named(several: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     """Return the keys that belong in names, by method.
 
     Keys of the methods are compared over all runs that have them, those of optimisers
     within a method, and those of compressors within one compressor of a method.
     """
-    values: dict[tuple[Any, ...], set[str]] = defaultdict(set)
-    owners: dict[tuple[Any, ...], set[str]] = defaultdict(set)
-    for settings in several:
-        method = settings["method.name"]
-        for key, value in settings.items():
-            prefix = key.split(".", 1)[0]
-            if f"{prefix}." not in _VARIANT or key in _NAMED:
-                continue
-            within: tuple[Any, ...] = ()
-            if prefix == "optimizer":
-                within = (method,)
-            elif prefix != "method":
-                within = method, settings.get(f"{prefix}.name")
-            values[key, *within].add(str(value))
-            owners[key, *within].add(method)
-    named: dict[str, set[str]] = {method: set() for method in KINDS}
-    for place, different in values.items():
-        if len(different) > 1:
-            for method in owners[place]:
-                named[method].add(place[0])
+    named: dict[str, set[str]] = {}
+    for method in KINDS:
+        own = [settings for settings in several if settings["method.name"] == method]
+        keys = differing(several, "method.") | differing(own, "optimizer.")
+        for slot in ("compressor.", "model_compressor."):
+            for name in {settings.get(f"{slot}name") for settings in own}:
+                same = (s for s in own if s.get(f"{slot}name") == name)
+                keys |= differing(same, slot)
+        named[method] = keys - _NAMED
     return named
 
 
@@ -377,12 +314,7 @@ def _rank(settings: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _rounds(lines: _Lines) -> dict[int, str]:
     """Return the rounds of the tables with their names; `_LAST` is each run's last."""
-    ends = {
-        len(run.points)
-        for by_name in lines.values()
-        for several in by_name.values()
-        for run in several
-    }
+    ends = {len(run.points) for _, _, several in each_line(lines) for run in several}
     rounds = {number: f"round {number}" for number in ROUNDS if number <= min(ends)}
     if len(ends) > 1:
         rounds[_LAST] = "last round"
@@ -440,14 +372,11 @@ def _percent(run: _Run, key: str, number: int = _LAST) -> float | None:
 def _table(lines: _Lines, columns: Sequence[tuple[str, str, _Value]]) -> str:
     """Return a table with one line per variant."""
     head = ["task", "method", "seeds", *(name for name, _, _ in columns)]
-    rows = []
-    for task, by_name in lines.items():
-        for name, several in by_name.items():
-            row = [task, name, str(len(several))]
-            for _, form, value in columns:
-                found = [x for x in map(value, several) if x is not None]
-                row.append(with_spread(found, form) if found else MISSING)
-            rows.append(row)
+    rows = [
+        [task, name, str(len(several))]
+        + [cell(several, form, value) for _, form, value in columns]
+        for task, name, several in each_line(lines)
+    ]
     return markdown(head, rows)
 
 
@@ -459,8 +388,7 @@ def _figures(lines: _Lines) -> str:
         [task, name, run.seed, number, f"{p.up:.6f}", f"{p.down:.6f}"]
         + ["" if p.formula is None else f"{p.formula:.6f}", f"{p.top1:.4f}"]
         + ["" if share is None else f"{share:.4f}" for share in (p.drawn, p.mean)]
-        for task, by_name in lines.items()
-        for name, several in by_name.items()
+        for task, name, several in each_line(lines)
         for run in several
         for number, p in enumerate(run.points, 1)
     ]
@@ -483,7 +411,9 @@ def _draw(lines: _Lines, path: Path) -> None:
             ups = [[*accumulate(p.up for p in run.points)] for run in several]
             both = [[*accumulate(p.up + p.down for p in run.points)] for run in several]
             for axes, bits in ((left, ups), (right, both)):
-                axes.plot(_mean(bits), _mean(tops), marker=".", linewidth=1, label=name)
+                axes.plot(
+                    mean_of(bits), mean_of(tops), marker=".", linewidth=1, label=name
+                )
         for axes, text in ((left, "up"), (right, "both ways")):
             x = f"bits a weight {text}, up to the round"
             axes.set(title=task, xlabel=x, ylabel="accuracy, %", xscale="log")
@@ -492,8 +422,3 @@ def _draw(lines: _Lines, path: Path) -> None:
             axes.grid(alpha=0.3)
         left.legend()
     write_whole(path, results.image_of(figure, dpi=110))
-
-
-def _mean(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean of curves, by round."""
-    return [fmean(values) for values in zip(*curves, strict=True)]

@@ -15,8 +15,8 @@ ORDER = (NONE, "qu", "sp", "ms", "rt", "ms+context", "ec")  # all others follow
 CUTS = ("shallow", "medium", "deep")
 # Three accounts of the traffic: the paper's, and two that count more.
 ACCOUNTS = ("activations", "with labels", "everything")
-# Prefixes of the keys that may differ between runs of one compressor.
-_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking.")
+# Prefixes of the keys that may differ between runs of one line.
+FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking.")
 # Prefixes of the keys that may also differ between compressors.
 _COMPRESSION = ("compressor.", "gradient_", "cut", "plugins")
 # Keys that a run must have, by the file that holds them.
@@ -223,7 +223,7 @@ def read_run(folder: Path) -> Run:
         seed=settings["seed"],
         target=None if isinstance(target, str) else target,
         rows=rows,
-        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
+        settings={k: v for k, v in settings.items() if not k.startswith(FREE)},
         sent=tuple(total / len(rows) for total in sent),
         dense=tuple(total / len(rows) for total in whole),
     )

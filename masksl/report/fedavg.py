@@ -5,17 +5,26 @@ which the accuracy is first reached. The factor is the bytes of the run without
 compression of the same seed over those of the run.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masksl.report.cells import NONE, ORDER, display_name, rank
-from masksl.report.lines import check_lines, results_of
+from masksl.report.cells import FREE, NONE, ORDER, display_name, rank
+from masksl.report.lines import (
+    Lines,
+    Run,
+    check_keys,
+    each_line,
+    grouped,
+    network_of,
+    partition_of,
+    results_of,
+    task_of,
+    without,
+)
 from masksl.report.tables import (
     MISSING,
-    ReportError,
     comma_separated,
     markdown,
     share,
@@ -30,56 +39,25 @@ _NEEDED = (
     *("method.name", "dataset.name", "dataset.partition", "dataset.alpha"),
     *("model.name", "clients", "seed", "compressor.name", "model_compressor.name"),
 )
-# Prefixes of keys that may differ between runs of one line, of one partition.
-_FREE = (
-    *("seed", "dataset.root", "engine.", "checkpoint.", "resume", "target"),
-    "tracking.",
-)
+# Prefixes of keys that may differ between lines.
 _COMPRESSION = ("compressor.", "model_compressor.", "plugins")
 
 
-@dataclass(frozen=True, order=True)
-class _Place:
-    """What runs must have in common to be compared.
-
-    Parameters
-    ----------
-    task, partition : str
-        Network, data set and clients; how the data are divided.
-    """
-
-    task: str
-    partition: str
-
-
 @dataclass(frozen=True)
-class _Run:
+class _Run(Run):
     """A finished run.
 
     Parameters
     ----------
-    place : _Place
-        Its task and partition.
-    compressor : str
-        In words.
-    seed : int
-        Its seed.
+    network, partition : str
+        The two parts of its task.
     rows : Sequence[Mapping[str, Any]]
         Metrics of its rounds.
-    settings : Mapping[str, Any]
-        The part of its configuration that all runs of a line share.
     """
 
-    place: _Place
-    compressor: str
-    seed: int
+    network: str
+    partition: str
     rows: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any]
-
-    @property
-    def title(self) -> str:
-        """What it is called in error lines."""
-        return f"{self.place.task}, {self.place.partition}, {self.compressor}"
 
     @property
     def last(self) -> float:
@@ -96,7 +74,7 @@ class _Run:
         return None
 
 
-_Lines = dict[_Place, dict[str, list[_Run]]]
+_Lines = Lines[_Run]
 
 
 def fedavg(folder: Path) -> dict[str, str]:
@@ -123,36 +101,24 @@ def fedavg(folder: Path) -> dict[str, str]:
 
 
 def _read(folder: Path) -> _Lines:
-    """Return the runs by place and compressor, in the order of the table."""
-    runs = [_run_of(result) for result in results_of(folder, METHOD)]
-    lines: dict[_Place, dict[str, list[_Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.place, _rank(run), run.seed)):
-        lines[run.place][run.compressor].append(run)
-    for by_name in lines.values():
-        check_lines(by_name, _COMPRESSION)
-    return lines
+    """Return the runs by task and compressor, in the order of the table."""
+    runs = map(_run_of, results_of(folder, METHOD))
+    return grouped(runs, _rank, _COMPRESSION)
 
 
 def _run_of(result: results.Result) -> _Run:
     settings = result.settings
-    for key in _NEEDED:
-        if settings.get(key) is None:
-            raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
-    partition = str(settings["dataset.partition"])
-    if partition in ("dirichlet", "dirichlet_equal"):
-        partition += f" {settings['dataset.alpha']:g}"
-    number = settings["clients"]
-    clients = "1 client" if number == 1 else f"{number} clients"
-    network = results.network_name(settings)
-    task = f"{network}, {settings['dataset.name']}, {clients}"
+    check_keys(result, _NEEDED)
     up, down = settings["compressor.name"], settings["model_compressor.name"]
     name = display_name(up)
     return _Run(
-        place=_Place(task, partition),
-        compressor=name if down == NONE else f"{name}, down {display_name(down)}",
+        task=task_of(settings),
+        name=name if down == NONE else f"{name}, down {display_name(down)}",
         seed=settings["seed"],
+        settings=without(settings, (*FREE, "target")),
+        network=network_of(settings),
+        partition=partition_of(settings),
         rows=result.rows,
-        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
     )
 
 
@@ -163,13 +129,13 @@ def _table(lines: _Lines) -> str:
         at = f"{target:.0%}"
         head += [f"rounds to {at}", f"MB to {at}", f"factor at {at}"]
     rows = []
-    for place, by_name in lines.items():
-        for name, several in by_name.items():
-            top1 = with_spread([100 * run.last for run in several], ".2f")
-            row = [place.task, place.partition, name, str(len(several)), top1]
-            for target in TARGETS:
-                row += _cells(several, by_name.get(NONE, []), target)
-            rows.append(row)
+    for task, name, several in each_line(lines):
+        top1 = with_spread([100 * run.last for run in several], ".2f")
+        place = [several[0].network, several[0].partition]
+        row = [*place, name, str(len(several)), top1]
+        for target in TARGETS:
+            row += _cells(several, lines[task].get(NONE, []), target)
+        rows.append(row)
     return markdown(head, rows)
 
 
@@ -202,16 +168,15 @@ def _figures(lines: _Lines) -> str:
     for target in TARGETS:
         head += [f"rounds to {target:g}", f"bytes to {target:g}"]
     rows = []
-    for place, by_name in lines.items():
-        for name, several in by_name.items():
-            for run in several:
-                row = [place.task, place.partition, name, run.seed, f"{run.last:.4f}"]
-                for target in TARGETS:
-                    row += list(run.until(target) or ("", ""))
-                rows.append(row)
+    for _, name, several in each_line(lines):
+        for run in several:
+            row = [run.network, run.partition, name, run.seed, f"{run.last:.4f}"]
+            for target in TARGETS:
+                row += list(run.until(target) or ("", ""))
+            rows.append(row)
     return comma_separated(head, rows)
 
 
 def _rank(run: _Run) -> tuple[int, str, str]:
     """Return the place of a run's compressor in the table."""
-    return (*rank(ORDER, run.settings["compressor.name"]), run.compressor)
+    return (*rank(ORDER, run.settings["compressor.name"]), run.name)

@@ -6,7 +6,6 @@ the paper's authors, who count values, or values and positions of 32 bits each, 
 nothing that comes down; the others are lengths of what was sent.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,11 +15,18 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from masksl.report.cells import display_name
-from masksl.report.lines import check_lines, results_of
+from masksl.report.cells import FREE, display_name
+from masksl.report.lines import (
+    Lines,
+    Run,
+    check_keys,
+    each_line,
+    grouped,
+    results_of,
+    without,
+)
 from masksl.report.tables import (
     MISSING,
-    ReportError,
     comma_separated,
     markdown,
     share,
@@ -43,7 +49,6 @@ _NEEDED = (
     *("method.target_metric", "dataset.name", "model.name", "clients", "seed"),
     *("compressor.name", "target"),
 )
-_FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking.")
 _METHOD = ("method.", "compressor.", "plugins")
 
 
@@ -69,15 +74,11 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Run(Run):
     """A finished run.
 
     Parameters
     ----------
-    task, name : str
-        Network, data set and workers; the method, with compressor and way down.
-    seed : int
-        Its seed.
     target : float
         The accuracy to exceed, a fraction.
     elements : int
@@ -86,23 +87,12 @@ class _Run:
         Metrics of its rounds.
     points : list[Point]
         All evaluations.
-    settings : Mapping[str, Any]
-        The part of its configuration that all runs of a line share.
     """
 
-    task: str
-    name: str
-    seed: int
     target: float
     elements: int
     rows: Sequence[Mapping[str, Any]]
     points: list[Point]
-    settings: Mapping[str, Any]
-
-    @property
-    def title(self) -> str:
-        """What it is called in error lines."""
-        return f"{self.task}, {self.name}"
 
     @property
     def reached(self) -> Point | None:
@@ -120,7 +110,7 @@ class _Run:
         return self.values_only(point) * (2 if sparse else 1)
 
 
-_Lines = dict[str, dict[str, list[_Run]]]
+_Lines = Lines[_Run]
 
 
 def uploads(folder: Path) -> dict[str, str]:
@@ -153,13 +143,8 @@ def uploads(folder: Path) -> dict[str, str]:
 
 def _read(folder: Path) -> _Lines:
     """Return the runs by task and name, in the order of the table."""
-    runs = [_run_of(result) for result in results_of(folder, METHOD)]
-    lines: _Lines = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.task, *_rank(run), run.seed)):
-        lines[run.task][run.name].append(run)
-    for by_name in lines.values():
-        check_lines(by_name, _METHOD)
-    return lines
+    runs = map(_run_of, results_of(folder, METHOD))
+    return grouped(runs, _rank, _METHOD)
 
 
 def _rank(run: _Run) -> tuple[int, str]:
@@ -169,11 +154,7 @@ def _rank(run: _Run) -> tuple[int, str]:
 
 def _run_of(result: results.Result) -> _Run:
     settings, summary = result.settings, result.summary
-    for key in _NEEDED:
-        if settings.get(key) is None:
-            raise ReportError(f"{result.folder / results.CONFIG}: no {key}")
-    if "elements" not in summary:
-        raise ReportError(f"{result.folder / results.SUMMARY}: no elements")
+    check_keys(result, _NEEDED, ["elements"])
     workers, network = settings["clients"], results.network_name(settings)
     return _Run(
         task=f"{network}, {settings['dataset.name']}, {workers} workers",
@@ -183,7 +164,7 @@ def _run_of(result: results.Result) -> _Run:
         elements=summary["elements"],
         rows=result.rows,
         points=_points(result.rows, settings["method.target_metric"]),
-        settings={k: v for k, v in settings.items() if not k.startswith(_FREE)},
+        settings=without(settings, FREE),
     )
 
 
@@ -258,17 +239,16 @@ def _table(lines: _Lines) -> str:
     head = ["task", "method", "seeds", "best, %", "up to"]
     head += [name for name, _, _ in _AMOUNTS]
     rows = []
-    for task, by_name in lines.items():
-        for name, several in by_name.items():
-            best = [100 * max(point.metric for point in run.points) for run in several]
-            start = [task, name, str(len(several)), with_spread(best, ".2f")]
-            found = [(run, run.reached) for run in several]
-            reached = [(run, point) for run, point in found if point is not None]
-            target = f"> {100 * several[0].target:g} %"
-            of = share(len(reached), len(several))
-            rows.append([*start, target + of, *_cells(reached)])
-            ends = [(run, run.points[-1]) for run in several]
-            rows.append([*start, "the end", *_cells(ends)])
+    for task, name, several in each_line(lines):
+        best = [100 * max(point.metric for point in run.points) for run in several]
+        start = [task, name, str(len(several)), with_spread(best, ".2f")]
+        found = [(run, run.reached) for run in several]
+        reached = [(run, point) for run, point in found if point is not None]
+        target = f"> {100 * several[0].target:g} %"
+        of = share(len(reached), len(several))
+        rows.append([*start, target + of, *_cells(reached)])
+        ends = [(run, run.points[-1]) for run in several]
+        rows.append([*start, "the end", *_cells(ends)])
     return markdown(head, rows)
 
 
@@ -283,22 +263,21 @@ def _cells(found: Sequence[tuple[_Run, Point]]) -> list[str]:
 
 def _skips(lines: _Lines) -> str:
     """Return the table of the mean share of skipped uploads by round."""
-    most = max(len(run.rows) for by in lines.values() for v in by.values() for run in v)
+    most = max(len(run.rows) for *_, several in each_line(lines) for run in several)
     head = ["task", "method", *(f"{number}" for number in range(1, most + 1))]
     rows = []
-    for task, by_name in lines.items():
-        for name, several in by_name.items():
-            if not any(row["skips"] for run in several for row in run.rows):
-                continue
-            row = [task, name]
-            for i in range(most):
-                shares = [
-                    100 * run.rows[i]["skips"] / _asked(run.rows[i])
-                    for run in several
-                    if i < len(run.rows)
-                ]
-                row.append(f"{spread(shares)[0]:.0f}" if shares else MISSING)
-            rows.append(row)
+    for task, name, several in each_line(lines):
+        if not any(row["skips"] for run in several for row in run.rows):
+            continue
+        row = [task, name]
+        for i in range(most):
+            shares = [
+                100 * run.rows[i]["skips"] / _asked(run.rows[i])
+                for run in several
+                if i < len(run.rows)
+            ]
+            row.append(f"{spread(shares)[0]:.0f}" if shares else MISSING)
+        rows.append(row)
     return markdown(head, rows)
 
 
@@ -313,8 +292,7 @@ def _figures(lines: _Lines) -> str:
     rows = [
         [task, name, run.seed, p.iterations, p.uploads, p.values]
         + [p.up, p.down, f"{p.metric:.4f}"]
-        for task, by_name in lines.items()
-        for name, several in by_name.items()
+        for task, name, several in each_line(lines)
         for run in several
         for p in run.points
     ]
