@@ -181,7 +181,7 @@ def check_resume(
     """Refuse to resume a run under a configuration that would change it.
 
     Engines, paths of data, checkpoints and trackers change nothing. Nor do more rounds,
-    unless the schedule of the learning rate depends on their number.
+    unless the method or the schedule of the learning rate depends on their number.
 
     Parameters
     ----------
@@ -200,7 +200,8 @@ def check_resume(
     free: tuple[str, ...] = _FREE_ON_RESUME
     saved = EARLIER | dict(saved)
     schedule = read(ScheduleConfig, settings, "schedule")
-    if not schedule.depends_on_rounds and int(settings["rounds"]) >= done:
+    depends = schedule.depends_on_rounds or method_config(settings).depends_on_rounds
+    if not depends and int(settings["rounds"]) >= done:
         free = (*free, "rounds")
     differing = [
         f"{key} ({saved.get(key, 'not given')!r} there, "

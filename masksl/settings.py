@@ -52,6 +52,11 @@ class Section(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan
     unused_slots: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[Mapping[str, tuple[Value, str]]] = {}
 
+    @property
+    def depends_on_rounds(self) -> bool:
+        """Whether a round depends on the number of all rounds."""
+        return False
+
 
 _DEVICE = r"^(auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?)$"
 _DEVICES = "auto, cpu, cuda or cuda:N"

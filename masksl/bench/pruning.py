@@ -17,10 +17,10 @@ from torch import nn
 
 from masksl import model
 from masksl.methods.flash import FlashConfig
-from masksl.methods.flash.client import UnderMask
 from masksl.methods.flash.coding import MaskCoding
-from masksl.methods.flash.evolution import Evolution, Plan
+from masksl.methods.flash.evolution import Evolution, Plan, UnderMask
 from masksl.methods.flash.start import Start
+from masksl.settings import RunConfig
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.tensors import copies
@@ -43,7 +43,10 @@ def measure(repeats: int) -> list[Row]:
     """
     optimizer = OptimizerConfig(lr=0.1, momentum=0.0, weight_decay=0.0)
     module = nn.Sequential(*model.build(NETWORK, 10, 3, seed=0))
-    start = Start.of(module, FlashConfig(variant="jmwst", density=DENSITY), 0)
+    run = RunConfig(
+        rounds=1, clients=1, batch_size=BATCH, eval_batch_size=BATCH, seed=0
+    )
+    start = Start.of(module, FlashConfig(variant="jmwst", density=DENSITY), run)
     before = start.mask(start.counts)
     mask = torch.from_numpy(before.copy())
     tensors = copies(start.masked(start.tensors, mask))

@@ -17,7 +17,7 @@ def run_epochs(
     epochs: int,
     rates: Rates,
     *,
-    place: int | None = None,
+    round_: int | None = None,
     correct: Callable[[Tensors], None] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
@@ -33,7 +33,7 @@ def run_epochs(
         Number of passes.
     rates : Rates
         Learning rates of the round.
-    place : int | None
+    round_ : int | None
         Round by which batches and dropout are drawn; that of the rates by default.
     correct : Callable[[dict[str, torch.Tensor]], None] | None
         Changes the gradients of every step, see `LocalNetwork.train`.
@@ -53,7 +53,7 @@ def run_epochs(
     total, samples = 0.0, 0
     steps = epochs * client.train_steps()
     for step in range(steps):
-        here = Place(rates.round if place is None else place, step)
+        here = Place(rates.round if round_ is None else round_, step)
         images, labels = client.train_batch(here)
         loss = network.train(
             images,
@@ -66,7 +66,8 @@ def run_epochs(
         if not math.isfinite(loss):
             raise NotFiniteError(f"loss of local step {step} not finite")
         if after is not None:
-            after(step)
+            with network.computing():
+                after(step)
         total += loss * len(labels)
         samples += len(labels)
     return total / samples, samples

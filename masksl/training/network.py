@@ -109,6 +109,10 @@ class LocalNetwork:
         """Number of elements of the output whose graph is kept, 0 without one."""
         return 0 if self._output is None else self._output.numel()
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Return the context of other computations on its tensors."""
+        return self._compute()
+
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         images = self._config.laid_out(images)
         with self._config.autocast(self._device):

@@ -44,7 +44,7 @@ class FlashConfig(Section):
     anneal : bool
         Whether that share falls from round to round, too, along a half cosine.
     interval : int
-        ``jmwst``: rounds between two that change the mask.
+        ``jmwst``: in which rounds the mask changes: the first and every so many.
     rebuild : str
         ``jmwst``: what the density of a layer follows, ``avg``, the mean of the
         clients' masks; or ``aggregate``, the averaged weights.
@@ -161,7 +161,12 @@ class FlashConfig(Section):
             return (round_ - 1) % self.interval == 0
         return self.variant == "nst"
 
-    def cut_in(self, round_: int, rounds: int) -> float:
+    @property
+    def depends_on_rounds(self) -> bool:
+        """Whether a round depends on the number of all rounds."""
+        return self.anneal and self.variant in ("nst", "jmwst")
+
+    def prune_rate_in(self, round_: int, rounds: int) -> float:
         """Return the share of weights that is cut in a round, from 1 on, of all."""
         if not self.evolves(round_):
             return 0.0

@@ -93,21 +93,30 @@ class Average:
         It is 1 for one client alone.
         """
         masks = list(self.masks.values())
-        indices = [
-            np.count_nonzero(one & other) / np.count_nonzero(one | other)
-            for place, one in enumerate(masks)
-            for other in masks[:place]
-        ]
-        return float(np.mean(indices)) if indices else 1.0
+        if all(mask is masks[0] for mask in masks):
+            return 1.0
+        packed = [np.packbits(mask) for mask in masks]
+        kept = [sum(counts) for counts in self.counts]
+        indices = []
+        for i, one in enumerate(packed):
+            for j, other in enumerate(packed[:i]):
+                both = int(np.bitwise_count(one & other).sum(dtype=np.int64))
+                either = kept[i] + kept[j] - both
+                indices.append(both / either if either else 1.0)
+        return float(np.mean(indices))
 
 
 def scaled_down(counts: Sequence[float], total: int) -> list[int]:
     """Return counts of layers that add up to at most a total, rounded down.
 
-    Each is multiplied by the same factor, at most 1.
+    Each is multiplied by the same factor, at most 1. If all were 0 then, the largest is
+    1, because a mask keeps something.
     """
     factor = min(1.0, total / max(1.0, sum(counts)))
-    return [int(count * factor) for count in counts]
+    scaled = [int(count * factor) for count in counts]
+    if not any(scaled):
+        scaled[max(range(len(counts)), key=lambda layer: counts[layer])] = 1
+    return scaled
 
 
 def largest(layers: Layers, weights: torch.Tensor, counts: Sequence[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from masksl.methods.client import Client, ClientMethod, place_of
 from masksl.methods.flash import FlashConfig
 from masksl.methods.flash.coding import MaskCoding, Versioned, pack_counts
 from masksl.methods.flash.evolution import Evolution, Plan, UnderMask
+from masksl.methods.flash.layers import Layers
 from masksl.methods.flash.messages import (
     COUNTS,
     HELD,
@@ -29,7 +30,7 @@ from masksl.training.network import LocalNetwork
 from masksl.training.tensors import Tensors, copies
 
 LOST = "lost"  # under `feedback`: what compression has lost of its last update
-FLAT = "flat"
+BITS, KEPT = "mask", "kept"  # the mask of that update, and what it lost of its weights
 
 
 @dataclass
@@ -43,16 +44,17 @@ class _Shared:
     masks: MaskCoding
     down: ValueCoding
     up: ValueCoding
-    decoded: tuple[bytes, int, Versioned] | None = None  # a mask: bytes, held, result
-    received: tuple[bytes, torch.Tensor, Tensors] | None = None  # the same of weights
+    decoded: tuple[bytes, Versioned] | None = None  # a mask
+    received: tuple[bytes, torch.Tensor, Tensors] | None = None  # weights
 
     def mask(self, data: bytes, held: Versioned | None) -> Versioned:
-        """Decode a mask, unless it is the one decoded last."""
-        version = held.version if held else 0
+        """Decode a mask, unless it is the one decoded last and was coded by none."""
+        if held is not None:
+            return self.masks.decode(data, held)
         known = self.decoded
-        if known is None or known[:2] != (data, version):
-            known = self.decoded = data, version, self.masks.decode(data, held)
-        return known[2]
+        if known is None or known[0] != data:
+            known = self.decoded = data, self.masks.decode(data, None)
+        return known[1]
 
     def weights(
         self, data: bytes, counts: Sequence[int]
@@ -78,7 +80,7 @@ def warm_up(client: Client, content: RecordDict) -> RecordDict:
         plan = Plan(client.train_steps(), epochs, config.prune_rate)
         under = UnderMask(network.tensors, evolution, plan)
         rates = client.setup.rates(1, rounds)
-        run_epochs(client, network, epochs, rates, place=0, after=under.after)
+        run_epochs(client, network, epochs, rates, round_=0, after=under.after)
     counts = pack_counts(layers.counts(mask.cpu().numpy()))
     reply = RecordDict({COUNTS: messages.raw_record(counts)})
     reply[messages.METRICS] = client.metrics()
@@ -88,8 +90,7 @@ def warm_up(client: Client, content: RecordDict) -> RecordDict:
 def train(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.local`: train under a mask, then send what it keeps."""
     shared, config = _shared(client), _config(client)
-    place, more = place_of(content), messages.place_of(content)
-    rounds = int(more["rounds"])
+    place, rounds = place_of(content), int(messages.place_of(content)["rounds"])
     with client.watch("codec"):
         held = _receive_mask(client, content)
         begin = _receive_weights(client, content, held.mask)
@@ -97,8 +98,8 @@ def train(client: Client, content: RecordDict) -> RecordDict:
         network = _network(client, copies(begin))
         mask = torch.tensor(held.mask, device=client.setup.device)
         growth = shared.start.growth(client.number, place.round)
-        evolution = Evolution(mask, int(more["target"]), growth)
-        rate = config.cut_in(place.round, rounds)
+        evolution = Evolution(mask, shared.start.target(held.mask), growth)
+        rate = config.prune_rate_in(place.round, rounds)
         plan = Plan(client.train_steps(), config.local_epochs, rate)
         under = UnderMask(network.tensors, evolution, plan)
         rates = client.setup.rates(place.round, rounds)
@@ -111,7 +112,8 @@ def train(client: Client, content: RecordDict) -> RecordDict:
             data = shared.masks.encode_changes(held.mask, evolution.changes, after)
             reply[MASK] = messages.raw_record(data)
             if config.variant == "nst":
-                own = Versioned(int(more["following"]), after)
+                version = shared.start.next_version(place.round, client.number)
+                own = Versioned(version, after)
                 client.state[HELD] = shared.masks.tensors(own)
         seed = client.seed("compress", place)
         data = _encoded(client, network.tensors, begin, mask, seed)
@@ -136,6 +138,15 @@ CLIENT = ClientMethod(
 # --- training -------------------------------------------------------------------------
 
 
+def _changes(
+    layers: Layers, tensors: Tensors, begin: Tensors, mask: torch.Tensor
+) -> tuple[torch.Tensor, Tensors]:
+    """Return how kept weights and the rest have changed."""
+    kept = topk.masked(layers.flat(tensors), mask)
+    kept -= topk.masked(layers.flat(begin), mask)
+    return kept, {name: tensors[name].detach() - begin[name] for name in layers.rest}
+
+
 def _encoded(
     client: Client, tensors: Tensors, begin: Tensors, mask: torch.Tensor, seed: int
 ) -> bytes:
@@ -143,23 +154,24 @@ def _encoded(
     shared = _shared(client)
     layers, coding = shared.start.layers, shared.up
     counts = layers.counts(mask.cpu().numpy())
-    kept = topk.masked(layers.flat(tensors), mask)
     if shared.up.absolute:
+        kept = topk.masked(layers.flat(tensors), mask)
         return coding.encode(kept, counts, tensors, seed=seed)
-    kept -= topk.masked(layers.flat(begin), mask)
-    rest = {name: tensors[name].detach() - begin[name] for name in layers.rest}
+    kept, rest = _changes(layers, tensors, begin, mask)
     if not _config(client).feedback:
         return coding.encode(kept, counts, rest, seed=seed)
     before = client.state.get(LOST, {})
     if before:
-        kept += topk.masked(before[FLAT], mask)
+        flat = torch.zeros(layers.elements, device=layers.device)
+        bits = np.unpackbits(before[BITS].cpu().numpy(), count=layers.elements)
+        flat[torch.from_numpy(bits.view(bool)).to(flat.device)] = before[KEPT]
+        kept += topk.masked(flat, mask)
         rest |= {name: rest[name] + before[name] for name in coding.dense}
     data = coding.encode(kept, counts, rest, seed=seed)
     decoded, others = coding.decode(data, counts)
     lost = {name: rest[name] - others[name] for name in coding.dense}
-    lost[FLAT] = torch.zeros(layers.elements, device=layers.device)
-    lost[FLAT][mask] = kept - decoded
-    client.state[LOST] = lost
+    bits = np.packbits(mask.cpu().numpy())
+    client.state[LOST] = lost | {BITS: torch.from_numpy(bits), KEPT: kept - decoded}
     return data
 
 
@@ -209,7 +221,7 @@ def _shared(client: Client) -> _Shared:
     """Return what the clients of the process share."""
     caches, setup = client.setup.caches, client.setup
     if caches.method is None:
-        start = Start.of(setup.module, _config(client), client.run.seed)
+        start = Start.of(setup.module, _config(client), client.run)
         codings = ValueCoding.both(start, setup.settings)
         caches.method = _Shared(start, MaskCoding(start), *codings)
     shared: _Shared = caches.method

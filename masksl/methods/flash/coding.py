@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from masksl.codec import wire
 from masksl.codec.wire import Buffer
 from masksl.compress import FrameError, decode, make
 from masksl.methods.flash.evolution import Change, Growth
@@ -85,6 +86,7 @@ class MaskCoding:
         body = _Reader(data)
         form, version = body.numbers(_HEADER)
         if form == SAME:
+            body.end()
             return _by(version, held)
         if form == DRAWN:
             return Versioned(version, self._draw(body.rest()))
@@ -134,11 +136,16 @@ class MaskCoding:
         body = _Reader(data)
         form, number = body.numbers(_HEADER)
         if form == SAME:
+            body.end()
             return before
         if form == GROWN:
+            most = max(1, self.start.config.local_epochs - 1)
+            if number > most:
+                raise FrameError(f"mask of {number} adjustments, expected up to {most}")
             mask = before.copy()
             for place in range(number):
                 growth.apply(mask, self._adjustment(body, mask), place)
+            body.end()
             return mask
         if form not in (GIVEN, FULL):
             raise FrameError(f"mask of form {form}")
@@ -258,6 +265,11 @@ class _Reader:
         """Return all bytes that are left."""
         return self.take(len(self._view))
 
+    def end(self) -> None:
+        """Check that no byte is left."""
+        if len(self._view):
+            raise FrameError(f"mask with {len(self._view)} bytes too many")
+
 
 def _by(version: int, held: Versioned | None) -> Versioned:
     """Return the held mask; `FrameError` unless it has that version."""
@@ -269,14 +281,15 @@ def _by(version: int, held: Versioned | None) -> Versioned:
 
 def _mask(frame: Buffer, levels: np.ndarray) -> np.ndarray:
     """Decode a mask that was coded by levels."""
-    reference = torch.from_numpy(levels)
-    mask = decode(frame, max_elements=len(levels), reference=reference)
-    if mask.dtype != torch.bool or mask.shape != (len(levels),):
-        shape = tuple(mask.shape)
+    count = len(levels)
+    header, _ = wire.parse(frame, max_elements=count)
+    if (header.compressor, header.shape) != (_AUTO.name, (count,)):
         raise FrameError(
-            f"mask of {mask.dtype}, shape {shape}, expected shape ({len(levels)},)"
+            f"{header.compressor} frame of shape {tuple(header.shape)}, "
+            f"expected one of {_AUTO.name}, shape ({count},)"
         )
-    return mask.numpy()
+    reference = torch.from_numpy(levels)
+    return decode(frame, max_elements=count, reference=reference).numpy()
 
 
 def _layers_of(counts: np.ndarray) -> np.ndarray:

@@ -205,9 +205,8 @@ class UnderMask:
                 self._renew()
 
     def _renew(self) -> None:
-        mask = self.evolution.mask
-        if not mask.all():
-            self._factors = self.evolution.growth.layers.named(mask.float())
+        mask, layers = self.evolution.mask, self.evolution.growth.layers
+        self._factors = {} if mask.all() else layers.named(mask.float())
 
 
 def spread(shares: Sequence[float], budget: float, room: Sequence[int]) -> list[int]:

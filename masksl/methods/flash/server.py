@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import nn
 
 from masksl.codec import topk
+from masksl.compress import NotFiniteError
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.evaluation import score_test_set
@@ -38,21 +39,6 @@ _MASKS = "masks"
 _SHARES = ("density", "density_masked", "overlap")
 
 
-class _Sent(NamedTuple):
-    """What the server told a client in a round.
-
-    Parameters
-    ----------
-    version : int
-        Version of its mask.
-    following : int
-        Version that the mask after the round gets, where the client keeps it.
-    """
-
-    version: int
-    following: int
-
-
 @dataclass
 class _Now:
     """What the server knows of the current round.
@@ -61,14 +47,14 @@ class _Now:
     ----------
     average : Average
         The average of what clients sent so far.
-    sent : dict[int, _Sent]
-        What it told each client.
+    versions : dict[int, int]
+        Version of the mask of each client.
     weights : dict[int, ArrayRecord]
         The weights that a mask keeps, by its version.
     """
 
     average: Average
-    sent: dict[int, _Sent] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
     weights: dict[int, ArrayRecord] = field(default_factory=dict)
 
 
@@ -96,7 +82,7 @@ class FlashServer(ServerMethod):
         config = method_config(settings)
         assert isinstance(config, FlashConfig)
         self.module = module
-        self.start = Start.of(module, config, RunConfig.of(settings).seed)
+        self.start = Start.of(module, config, RunConfig.of(settings))
         self.masks = Masks(MaskCoding(self.start))
         self.tensors: Tensors = {}
         self.version = 0  # of the weights; 0 are the initial ones
@@ -163,7 +149,7 @@ class FlashServer(ServerMethod):
         if self.config.warmup == "init":
             with round_.watch("server"):
                 return self.start.first_counts([self.start.warmup()])
-        fraction, place = self.config.warmup_fraction, self._place(round_, 0)
+        fraction, place = self.config.warmup_fraction, _place(round_, 0)
         drawn = round_.manager.sample(round_.number, fraction, WARMUP)
         sent = {c.number: RecordDict({messages.PLACE: place}) for c in drawn}
         replies = round_.exchange(WARMUP, sent, step=0, label="first stage")
@@ -180,47 +166,40 @@ class FlashServer(ServerMethod):
         groups = self._groups(round_)
         sent = {}
         for client in round_.active(round_.clients):
-            version, target = groups[client.number]
-            following = self.masks.newest + 1 + client.number
-            place = self._place(round_, step, target=target, following=following)
-            content = RecordDict({messages.PLACE: place})
+            version = groups[client.number]
+            content = RecordDict({messages.PLACE: _place(round_, step)})
             where = round_.place(step, client.number, "model_compressor")
             with ends_run(where), round_.watch("codec"):
                 if self.config.has_masks:
                     content[MASK] = self.masks.record(client, version)
                 if self.version:
                     content[messages.MODEL] = self._weights(round_, version)
-            self._now.sent[client.number] = _Sent(version, following)
+            self._now.versions[client.number] = version
             sent[client.number] = content
         return sent
 
-    def _place(self, round_: Round, step: int, **more: int) -> ConfigRecord:
-        """Return the place of a message, and what else a client is told."""
-        place = {"round": round_.number, "step": step, "rounds": round_.rates.rounds}
-        return ConfigRecord(place | more)  # type: ignore[arg-type]
-
-    def _groups(self, round_: Round) -> dict[int, tuple[int, int]]:
-        """Return the version of each client's mask, and how many it should keep."""
+    def _groups(self, round_: Round) -> dict[int, int]:
+        """Return the version of each client's mask."""
         layers, config = self.start.layers, self.config
-        whole = layers.kept(config.density)
-        current = self.masks.current
+        current, own = self.masks.current, self.masks.own
+        numbers = [client.number for client in round_.clients]
         if not config.hetero or not self.version:
-            own = self.masks.own
-            every = (client.number for client in round_.clients)
-            return {number: (own.get(number, current), whole) for number in every}
+            return {number: own.get(number, current) for number in numbers}
         flat = layers.flat(self.tensors)
         nonzero = layers.counts((flat != 0).cpu().numpy())
-        groups = []
+        versions = []
         for factor in config.hetero[:-1]:
             target = layers.kept(config.density * factor)
             mask = largest(layers, flat, scaled_down(nonzero, target))
-            groups.append((self.masks.add(mask), target))
-        groups.append((current, whole))
-        number = len(round_.clients)
-        ends = [min(round(end * number), number - 1) for end in config.hetero_ends[:-1]]
+            versions.append(self.masks.add(mask))
+        versions.append(current)
+        generator = torch.Generator().manual_seed(round_.seed("flash.groups"))
+        order = torch.randperm(len(numbers), generator=generator).tolist()
+        most = len(numbers) - 1  # one at least has the whole mask
+        ends = [min(round(e * len(numbers)), most) for e in config.hetero_ends[:-1]]
         return {
-            client.number: groups[sum(place >= end for end in ends)]
-            for place, client in enumerate(round_.clients)
+            numbers[drawn]: versions[sum(place >= end for end in ends)]
+            for place, drawn in enumerate(order)
         }
 
     def _weights(self, round_: Round, version: int) -> ArrayRecord:
@@ -237,15 +216,15 @@ class FlashServer(ServerMethod):
     def _add(self, round_: Round, number: int, content: RecordDict) -> None:
         """Add what a client sent to the average."""
         layers, client = self.start.layers, round_.manager.clients[number]
-        before = mask = self.masks[self._now.sent[number].version].mask
+        before = mask = self.masks[self._now.versions[number]].mask
         if self.config.evolves(round_.number):
             growth = self.start.growth(number, round_.number)
             data = messages.raw_of(content, MASK)
             mask = self.masks.coding.decode_changes(data, before, growth)
         if self.config.variant == "nst":
-            following = self._now.sent[number].following
-            self.masks.store(following, mask)
-            self.masks.own[number] = client.version = following
+            version = self.start.next_version(round_.number, number)
+            self.masks.store(version, mask)
+            self.masks.own[number] = client.version = version
         kind = messages.MODEL if self._up.absolute else UPDATE
         data, counts = messages.set_of(content, kind), layers.counts(mask)
         kept, rest = self._up.decode(data, counts)
@@ -253,6 +232,8 @@ class FlashServer(ServerMethod):
             base = layers.flat(self.tensors) * self._at(before)
             kept += topk.masked(base, self._at(mask))
             rest = {name: self.tensors[name] + change for name, change in rest.items()}
+        if not all(map(all_finite, [kept, *rest.values()])):
+            raise NotFiniteError("weights not finite")
         self._now.average.add(number, client.train_samples, mask, kept, rest)
 
     def finish(self, round_: Round) -> None:
@@ -262,8 +243,6 @@ class FlashServer(ServerMethod):
             return
         with round_.watch("server"):
             flat, rest = average.weights(), average.rest()
-            if not all(map(all_finite, [flat, *rest.values()])):
-                raise RunError(f"round {round_.number}, averaged weights: not finite")
             union = self.tensors | layers.named(flat) | rest
             mask = self._mask_of(round_, flat)
             masked = self.start.masked(union, self._at(mask))
@@ -272,6 +251,7 @@ class FlashServer(ServerMethod):
         self._scored = masked, union
         self.version += 1
         self.masks.expire(round_.manager.clients)
+        self._now.weights = {}
 
     def _mask_of(self, round_: Round, flat: torch.Tensor) -> np.ndarray:
         """Return the mask of the model after a round.
@@ -353,6 +333,12 @@ class FlashServer(ServerMethod):
         """Return bytes a client and round over the whole run, and the last
         densities."""
         return {key: rows[-1][key] for key in _SHARES} | _bytes(traffic)
+
+
+def _place(round_: Round, step: int) -> ConfigRecord:
+    """Return the place of a message."""
+    rounds = round_.rates.rounds
+    return ConfigRecord({"round": round_.number, "step": step, "rounds": rounds})
 
 
 def _bytes(traffic: Traffic) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from masksl.methods.flash import FlashConfig
 from masksl.methods.flash.evolution import Evolution, Growth
 from masksl.methods.flash.layers import Layers, allot, draw
-from masksl.settings import Settings
+from masksl.settings import RunConfig, Settings
 from masksl.training.tensors import Tensors, copies, tensors_of
 from masksl.utils import derive_seed
 
@@ -40,15 +40,18 @@ class Start:
         Initial parameters and buffers by name, not masked.
     seed : int
         Seed of the run.
+    clients : int
+        Clients of the run.
     """
 
     config: FlashConfig
     layers: Layers
     tensors: Tensors
     seed: int
+    clients: int
 
     @classmethod
-    def of(cls, module: nn.Module, config: FlashConfig, seed: int) -> Self:
+    def of(cls, module: nn.Module, config: FlashConfig, run: RunConfig) -> Self:
         """Return the start of a network with its initial weights.
 
         Raises
@@ -56,7 +59,8 @@ class Start:
         NetworkError
             If no weight can have a mask.
         """
-        return cls(config, Layers.of(module, config), copies(tensors_of(module)), seed)
+        layers, tensors = Layers.of(module, config), copies(tensors_of(module))
+        return cls(config, layers, tensors, run.seed, run.clients)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -79,6 +83,19 @@ class Start:
                 if kept:
                     tensors[name] = tensors[name] / math.sqrt(density)
         return tensors
+
+    def target(self, mask: np.ndarray) -> int:
+        """Return how many weights a client should keep that begins with a mask.
+
+        That is the number of the group whose density is closest.
+        """
+        factors, kept = self.config.hetero or (1.0,), int(np.count_nonzero(mask))
+        targets = [self.layers.kept(self.config.density * own) for own in factors]
+        return min(targets, key=lambda target: abs(target - kept))
+
+    def next_version(self, round_: int, client: int) -> int:
+        """Return the version of a client's own mask after a round, from 1 on."""
+        return FIRST + 1 + (round_ - 1) * self.clients + client
 
     def growth(self, client: int, round_: int) -> Growth:
         """Return how masks of a client grow in a round; 0 is the first stage."""
@@ -117,7 +134,8 @@ class Start:
         layers, epochs = self.layers, self.config.warmup_epochs
         mask = torch.from_numpy(self.warmup_mask()).to(layers.device)
         flat = layers.flat(self.weights(self.counts)) * mask
-        evolution = Evolution(mask, int(mask.count_nonzero()), self.growth(0, 0))
+        target = layers.kept(self.config.density)
+        evolution = Evolution(mask, target, self.growth(0, 0))
         shares = [1 - epoch / epochs for epoch in range(1, epochs)] or [0.5]
         for share in shares:
             rate = self.config.prune_rate * share

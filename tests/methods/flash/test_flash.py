@@ -9,7 +9,7 @@ import torch
 from masksl.config import ConfigError
 from masksl.methods.flash import VARIANTS
 from masksl.methods.flash import client as side
-from masksl.methods.flash.messages import COUNTS, HELD, MASK, TRAIN, UPDATE
+from masksl.methods.flash.messages import COUNTS, HELD, MASK, TRAIN, UPDATE, WARMUP
 from masksl.methods.flash.server import FlashServer
 from masksl.runtime import messages
 from masksl.runtime.messages import RunError
@@ -141,14 +141,16 @@ def test_masks_of_groups_are_nested(variant: str) -> None:
     for number in (1, 2, 3):
         before = mask(training) if number > 1 else None
         training.strategy.run_round(training.grid, number, 3)
-        told = training.server._now.sent  # pylint: disable=protected-access
+        told = training.server._now.versions  # pylint: disable=protected-access
         held = [training.client(number).state[HELD] for number in range(4)]
         masks = [training.server.masks.coding.of_tensors(own) for own in held]
-        assert [own.version for own in masks] == [told[n].version for n in range(4)]
+        assert [own.version for own in masks] == [told[n] for n in range(4)]
         if number == 1:
             assert len({own.version for own in masks}) == 1
             continue
-        small, middle, *whole = (own.mask for own in masks)
+        small, middle, *whole = sorted(
+            (own.mask for own in masks), key=np.count_nonzero
+        )
         assert not (small & ~middle).any() and not (middle & ~whole[0]).any()
         assert np.array_equal(whole[0], whole[1])
         assert before is not None and np.array_equal(whole[0], before)
@@ -204,30 +206,44 @@ def test_updates_and_weights_are_sent_small() -> None:
 def test_an_update_holds_what_the_one_before_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One client sends u + lost; what it lost then is that minus what was decoded."""
+    """What is sent is u + lost; what is lost then is that minus what was decoded."""
     overrides = [*SMALL, "clients=1", "dataset.limit=40", "rounds=2"]
-    overrides += ["compressor=ec", "compressor.error=0.5", "method.feedback=true"]
-    training = prepare(settings_of(*overrides))
+    overrides += ["method.variant=nst", "compressor=ec", "compressor.error=0.5"]
+    training = prepare(settings_of(*overrides, "method.feedback=true"))
     seen: list[Any] = []
-    encode = side.ValueCoding.encode
+    encode, changes = side.ValueCoding.encode, side._changes
+    # pylint: disable=protected-access
 
     def record(coding: Any, kept: Any, counts: Any, rest: Any, *, seed: int) -> bytes:
         data = encode(coding, kept, counts, rest, seed=seed)
         if not coding.absolute:
-            seen.append((kept.clone(), coding.decode(data, counts)[0]))
+            seen[-1] += [kept.clone(), rest["3.2.weight"].clone()]
+            decoded, others = coding.decode(data, counts)
+            seen[-1] += [decoded, others["3.2.weight"]]
         return data
 
+    def plain(*arguments: Any) -> Any:
+        kept, rest = changes(*arguments)
+        seen.append([kept.clone(), rest["3.2.weight"].clone()])
+        return kept, rest
+
     monkeypatch.setattr(side.ValueCoding, "encode", record)
+    monkeypatch.setattr(side, "_changes", plain)
+    elements = training.server.start.layers.elements
+    lost, head = torch.zeros(elements), torch.zeros(10, 128)
     for number in (1, 2):
         training.strategy.run_round(training.grid, number, 2)
-        lost = training.client(0).state[side.LOST]
-        at = torch.from_numpy(mask(training))
-        sent, decoded = seen[-1]
-        assert torch.equal(lost[side.FLAT][at], sent - decoded)
-        assert not lost[side.FLAT][~at].any()
+        at = torch.from_numpy(training.server.masks[number + 1].mask)
+        own, weight, sent, sent_weight, decoded, decoded_weight = seen[-1]
+        assert torch.equal(sent, own + lost[at])
+        assert torch.equal(sent_weight, weight + head)
         assert 0 < float((sent - decoded).norm() / sent.norm()) <= 0.5
-        assert set(lost) == {side.FLAT, "3.2.weight"}
-    assert len(seen) == 2
+        lost, head = torch.zeros(elements), sent_weight - decoded_weight
+        lost[at] = sent - decoded
+        state = training.client(0).state[side.LOST]
+        assert torch.equal(state[side.KEPT], lost[at])
+        assert torch.equal(state["3.2.weight"], head)
+    assert len(seen) == 2 and lost.any()
 
 
 def test_the_server_adds_updates_to_weights_that_it_did_not_round(
@@ -262,17 +278,57 @@ def test_the_server_adds_updates_to_weights_that_it_did_not_round(
 def test_the_run_goes_on_without_a_client_that_fails(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It fails when it has trained, its mask changed already."""
     handlers = dict(side.CLIENT.handlers)
 
     def fail(client: Any, content: Any) -> Any:
+        reply = handlers[TRAIN](client, content)
         if client.number == 1 and messages.place_of(content)["round"] == 2:
             raise RuntimeError("out of order")
-        return handlers[TRAIN](client, content)
+        return reply
 
     monkeypatch.setitem(side.CLIENT.handlers, TRAIN, fail)  # type: ignore[arg-type]
     training = train(*SMALL, f"method.variant={variant}", "rounds=3")
     assert [len(row["left_out"]) for row in training.rows] == [0, 1, 0]
     assert torch.isfinite(weights(training)).all()
+    if variant == "nst":
+        version = training.server.masks.own[1]
+        held = training.client(1).state[HELD]
+        assert int(held["version"]) == version == 1 + 1 + 2 * 4 + 1
+        full = training.rows[2]["bytes"]["training"]["down"][MASK]
+        assert full > 3 * 5 + 1000  # it gets the whole mask of the round before
+
+
+def test_the_first_stage_goes_on_without_a_client_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handlers, failing = dict(side.CLIENT.handlers), {0, 1, 2}
+
+    def fail(client: Any, content: Any) -> Any:
+        if client.number in failing:
+            raise RuntimeError("out of order")
+        return handlers[WARMUP](client, content)
+
+    monkeypatch.setitem(side.CLIENT.handlers, WARMUP, fail)  # type: ignore[arg-type]
+    training = train(*SMALL, "method.warmup_fraction=1.0", "rounds=1")
+    assert training.traffic.bytes(COUNTS, "up") == 4 * LAYERS
+    assert [failure["client"] for failure in training.rows[0]["left_out"]] == [0, 1, 2]
+    assert int(mask(training).sum()) == round(0.05 * ELEMENTS)
+    failing.add(3)
+    with pytest.raises(RunError, match="no client is left in the first stage"):
+        train(*SMALL, "method.warmup_fraction=1.0", "rounds=1")
+
+
+def test_a_client_whose_weights_are_not_finite_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(coding: Any, data: bytes, counts: Any) -> Any:
+        del data
+        return torch.full((sum(counts),), torch.nan), dict(coding.rest)
+
+    monkeypatch.setattr(side.ValueCoding, "decode", broken)
+    with pytest.raises(RunError, match="step 0, client 0, .* weights not finite"):
+        train(*SMALL, "rounds=1")
 
 
 def test_weights_that_are_not_finite_end_the_run() -> None:

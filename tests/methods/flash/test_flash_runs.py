@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from masksl import main
+from masksl.config import ConfigError, check_resume
 from masksl.runtime import results
 from tests.conftest import settings_of, untimed
 from tests.runtime.test_checkpoint import check_resumed, run, same_checkpoints
@@ -41,15 +42,26 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     same_tensors(tmp_path / "whole", tmp_path / "third")
 
 
+def test_a_run_whose_masks_anneal_cannot_be_prolonged() -> None:
+    options = (*SMALL, "method.variant=jmwst")
+    saved = settings_of(*options, "method.anneal=true")
+    longer = settings_of(*options, "method.anneal=true", "rounds=40", "resume=x")
+    with pytest.raises(ConfigError, match="differs in rounds"):
+        check_resume(longer, saved, 4)
+    check_resume(longer | {"method.anneal": False}, settings_of(*options), 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_lost_hosts_change_nothing(
     options: tuple[str, ...], order: Path, tmp_path: Path
 ) -> None:
     plugin = "plugins=[tests.methods.flash.plugin_kill]"
-    overrides = (*SMALL, *options, plugin, "fraction=1.0")
+    everybody = "fraction=1.0", "method.warmup_fraction=1.0"
+    overrides = (*SMALL, *options, plugin, *everybody)
     main.run(settings_of(*overrides), tmp_path / "whole")
-    order.write_text("\n".join(["train.local 2 1", "train.local 4 3"]))
+    first = "train.warmup 1 2" if "compressor=ec" in options else "train.local 2 1"
+    order.write_text("\n".join([first, "train.local 4 3"]))
     main.run(settings_of(*overrides, "engine=ray"), tmp_path / "killed")
     assert order.read_text() == "", "not everybody was killed"
     rows: list[Any] = [
@@ -58,7 +70,8 @@ def test_lost_hosts_change_nothing(
     assert rows[0] == rows[1]
     same_tensors(tmp_path / "whole", tmp_path / "killed")
     events = (tmp_path / "killed" / results.EVENTS).read_text().splitlines()
-    assert [json.loads(event)["round"] for event in events] == [2, 4]
+    repeated = [json.loads(event)["round"] for event in events]
+    assert repeated == [int(first.split()[1]), 4]
 
 
 @pytest.mark.slow
