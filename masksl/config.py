@@ -20,7 +20,7 @@ from masksl.dataset import DatasetConfig
 from masksl.engine.options import ENGINES, Processes, RayOptions
 from masksl.methods import method_config, method_of
 from masksl.model import ModelConfig
-from masksl.runtime.compressors import EXACT, compressor_of
+from masksl.runtime.compressors import EXACT, compressor_of, default_options
 from masksl.runtime.ledger import Link
 from masksl.runtime.tracking import tracker_of
 from masksl.settings import (
@@ -198,6 +198,8 @@ def check_resume(
         Naming every key that differs.
     """
     free: tuple[str, ...] = _FREE_ON_RESUME
+    for slot in COMPRESSOR_GROUPS:  # options that came later
+        saved = default_options(saved, slot) | dict(saved)
     saved = EARLIER | dict(saved)
     schedule = read(ScheduleConfig, settings, "schedule")
     depends = schedule.depends_on_rounds or method_config(settings).depends_on_rounds

@@ -66,6 +66,7 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("ec", {"step": 0.5, "deadzone": 0.6}),
     ("ec", {"bits": 3.0}),
     ("ec", {"error": 0.05, "context": "none"}),
+    ("ec", {"step": 2.0, "rounding": "stochastic"}),
 ]
 # Masks are bool tensors, with tests of their own in `tests.codec.test_mask`.
 FLOATING = [name for name in COMPRESSORS if name != "mask"]
@@ -359,10 +360,13 @@ def check_against_plain_loop(
     elif name in ("sign", "qsgd", "drive"):
         check_scales(case, x, got, 8 * eps, least)
     elif name == "ec":
-        assert max(map(abs, got)) <= largest * (1 + 4 * eps) + least
-        if "step" in options and len(x) > 1:
+        bound = 0.0
+        if "step" in options:
             deviation = float(torch.tensor(x, dtype=torch.float64).std(correction=0))
             bound = options["step"] * (deviation or largest)
+        above = bound if "rounding" in options else 0.0  # rounded up
+        assert max(map(abs, got)) <= (largest + above) * (1 + 4 * eps) + least
+        if "step" in options and len(x) > 1:
             assert all(
                 abs(a - b) <= bound + 8 * eps * largest + least
                 for a, b in zip(got, x, strict=True)
@@ -700,6 +704,20 @@ def test_bad_tensors_are_refused(name: str) -> None:
         ("ec", {"bits": 1.0, "error": 0.2}, "bits=1.0: must be null where error"),
         ("ec", {"error": 1.5}, "error=1.5: must be a number"),
         ("ec", {"context": "x"}, "context='x': must be one of spatial, none"),
+        ("ec", {"rounding": "up"}, "rounding='up': must be one of nearest, stochastic"),
+        (
+            "ec",
+            {"rounding": "stochastic"},
+            "step=None: must be a number from 0.0001 to",
+        ),
+        (
+            *("ec", {"rounding": "stochastic", "error": 0.2}),
+            "error=0.2: must be null with rounding=stochastic",
+        ),
+        (
+            *("ec", {"rounding": "stochastic", "step": 4.0, "deadzone": 0.6}),
+            "deadzone=0.6: must be null with rounding=stochastic",
+        ),
         ("mask", {"code": "x"}, "code='x': must be one of auto, packed"),
         ("mask", {"bits": 1}, "bits=1: mask has the options code"),
         ("none", {"values": "int8"}, "values='int8': must be one of float32"),

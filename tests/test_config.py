@@ -244,6 +244,15 @@ def test_runs_from_before_a_key_are_resumed_with_what_held_then() -> None:
             config.check_resume(strided, saved, 1)
 
 
+def test_runs_from_before_an_option_are_resumed_with_its_default() -> None:
+    settings = settings_of("compressor=ec", "compressor.step=4.0")
+    earlier = {k: v for k, v in settings.items() if k != "compressor.rounding"}
+    config.check_resume(settings, earlier, 1)
+    stochastic = settings | {"compressor.rounding": "stochastic"}
+    with pytest.raises(ConfigError, match="compressor.rounding .'nearest' there, 'st"):
+        config.check_resume(stochastic, earlier, 1)
+
+
 def test_missing_keys_are_named() -> None:
     settings = settings_of()
     del settings["rounds"]
@@ -360,7 +369,7 @@ def test_text_is_read_by_the_type_of_its_field() -> None:
 def test_files_of_groups_agree_with_the_code() -> None:
     for slot in config.COMPRESSOR_GROUPS:
         assert stems(slot) == stems("compressor")
-    variants = {"ms_context", "sp_auto", "topk"}
+    variants = {"ec_unbiased", "ms_context", "sp_auto", "topk"}
     floating = set(compress.COMPRESSORS) - {"mask"}  # nothing sends masks yet
     assert stems("compressor") == floating | variants
     for name in floating:

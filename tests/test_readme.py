@@ -219,7 +219,8 @@ def documented_keys() -> Keys:
     """Return the cells default and allowed by key and by whose it is, if not all's."""
     keys: Keys = {}
     head: list[str] = []
-    for line in read(CONFIGURATION).splitlines():
+    pages = read(CONFIGURATION), read(ROOT / "docs/configuration-methods.md")
+    for line in "\n".join(pages).splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         head = (head or cells) if line.startswith("|") else []
         match = re.fullmatch(r"`([\w.]+)`", cells[0])

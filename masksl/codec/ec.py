@@ -57,6 +57,11 @@ class EntropyCodedQuantization(Compressor):
     context : str
         ``spatial`` codes symbols by their neighbours in the tensor's maps. ``none``
         codes them as one row, where at most the one on the left matters.
+    rounding : str
+        ``nearest``; or ``stochastic``, without a dead zone: a magnitude is rounded up
+        or down to a multiple of the step at random, such that its expectation is the
+        magnitude. Errors then average out in sums, of which the gradient of a weight is
+        one. It needs ``step``.
     """
 
     name: ClassVar[str] = "ec"
@@ -65,6 +70,7 @@ class EntropyCodedQuantization(Compressor):
     error: float | None = None
     deadzone: float | None = None
     context: str = "spatial"
+    rounding: str = "nearest"
 
     _PARAMS: ClassVar[struct.Struct] = struct.Struct("<BHBIIQ")
 
@@ -83,6 +89,22 @@ class EntropyCodedQuantization(Compressor):
         if self.deadzone is not None:
             check_number("deadzone", self.deadzone, 0.5, 1 + 1e-9)
         check_choice("context", self.context, ("spatial", "none"))
+        check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        if self.rounding == "stochastic":
+            self._check_unbiased()
+
+    def _check_unbiased(self) -> None:
+        """Refuse what does not go with stochastic rounding."""
+        for option in ("bits", "error", "deadzone"):
+            if (value := getattr(self, option)) is not None:
+                raise ValueError(
+                    f"{option}={value!r}: must be null with rounding=stochastic"
+                )
+        if self.step is None:
+            raise ValueError(
+                "step=None: must be a number from 0.0001 to less than 32 with "
+                "rounding=stochastic"
+            )
 
     def pack(
         self, flat: Tensor, shape: Shape, bounds: Bounds, *, seed: int, training: bool
@@ -96,9 +118,16 @@ class EntropyCodedQuantization(Compressor):
 
         largest = max(map(abs, bounds))
         elements = Elements(work, signed, largest, rounded)
-        target = Target(self.step, self.bits, self.error, self.deadzone)
         finish = partial(self._finished, flat=flat, shape=shape, signed=signed)
-        quantized, (lengths, parts) = choose(elements, target, finish)
+        if self.step is not None and self.rounding == "stochastic":
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.rand(len(flat), generator=generator).numpy()
+            most = torch.finfo(flat.dtype).max
+            quantized = elements.rounded_at_random(self.step, most, drawn)
+            _, (lengths, parts) = finish(quantized)
+        else:
+            target = Target(self.step, self.bits, self.error, self.deadzone)
+            quantized, (lengths, parts) = choose(elements, target, finish)
         alphabet = len(quantized.counts)
         form = _FORMS[self.context]
         return self._PARAMS.pack(form, alphabet, signed, *lengths), parts

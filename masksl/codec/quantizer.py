@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from masksl.codec.bits import BLOCK
 from masksl.codec.coder import loops
 
 T = TypeVar("T")
@@ -66,13 +67,14 @@ class Quantized:
         Magnitudes that symbols are decoded as, of the type of the computation, shape
         (n,). Those of the last symbol, and of the first of a signed tensor, are 0.
     error : float
-        Relative error of what is decoded, with all rounding.
+        Relative error of what is decoded, with all rounding; NaN if it was not asked
+        for.
     """
 
     symbols: np.ndarray
     counts: np.ndarray
     centroids: np.ndarray
-    error: float
+    error: float = math.nan
 
 
 class Elements:
@@ -121,6 +123,48 @@ class Elements:
         tables = [each.reshape(4, 256).sum(0) for each in (counts, sums, squares)]
         size = int(np.flatnonzero(tables[0])[-1]) + 1
         return self._summed(symbols, middles, *(each[:size] for each in tables))
+
+    def rounded_at_random(
+        self, step: float, most: float, drawn: np.ndarray
+    ) -> Quantized:
+        """Return the elements rounded to multiples of a step without bias.
+
+        A magnitude of m steps becomes floor(m + drawn). Where that could be more than
+        the last symbol but one, or more than the tensor's type holds, it is sent
+        exactly.
+
+        Parameters
+        ----------
+        step : float
+            Width of a step in standard deviations of the elements.
+        most : float
+            The largest number of the type of the tensor.
+        drawn : numpy.ndarray
+            float32, shape (d,): a number from 0 to less than 1 for each element.
+        """
+        width = step * self.spread
+        highest = float(np.ldexp(most, -self._exponent)) / width
+        highest = math.floor(min(highest, Quantizer.LAST - 1))
+        symbols = np.empty(self.work.size, np.uint8)
+        for start in range(0, len(symbols), BLOCK):
+            part = slice(start, start + BLOCK)
+            steps = np.abs(self.work[part]).astype(np.float64) / width
+            exact = steps >= highest
+            steps += drawn[part]
+            steps[exact] = Quantizer.LAST
+            symbols[part] = steps
+        counts = np.bincount(symbols)
+        multiples = np.where(
+            np.arange(len(counts)) <= highest, np.arange(len(counts)), 0
+        )
+        centroids = np.ldexp(width * multiples, self._exponent)
+        return Quantized(symbols, counts, centroids.astype(self.work.dtype))
+
+    @property
+    def spread(self) -> float:
+        """Their standard deviation, else the largest magnitude, else 1."""
+        deviation = float(np.std(self.work, dtype=np.float64))
+        return deviation or self.largest or 1.0
 
     def _summed(
         self,
@@ -262,8 +306,7 @@ def choose(
     error = 0.25 if target.error is None else target.error
     sample, width = Sample(elements), None
     if target.step is not None:
-        spread = float(np.std(elements.work, dtype=np.float64))
-        width = target.step * (spread or elements.largest or 1.0)
+        width = target.step * elements.spread
     elif not elements.largest:
         width = 1.0  # any step does
     deadzone, found = target.deadzone, None

@@ -7,10 +7,23 @@ import torch
 
 from masksl import compress
 from masksl.compress import Compressor
-from masksl.settings import ConfigError, Value, options
+from masksl.settings import ConfigError, Settings, Value, flatten, options
 
 EXACT = compress.make("none")
 """The compressor that loses nothing."""
+
+
+def default_options(settings: Mapping[str, Value], slot: str) -> Settings:
+    """Return the defaults of the options of a slot's compressor, as settings.
+
+    There are none for a compressor that is not registered.
+    """
+    name = str(settings.get(f"{slot}.name"))
+    if name not in compress.COMPRESSORS:
+        return {}
+    made = compress.make(name)
+    given = {option: getattr(made, option) for option in compress.options_of(name)}
+    return flatten({slot: given})
 
 
 def compressor_of(

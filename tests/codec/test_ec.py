@@ -259,3 +259,60 @@ def test_counts_must_be_those_of_the_symbols() -> None:
         broken = wire.Header("ec", header.dtype, header.shape, params)
         with pytest.raises(FrameError, match=message):
             decode(wire.assemble(broken, [body]))
+
+
+# --- stochastic rounding --------------------------------------------------------------
+
+
+def check_unbiased(draws: int, share: float) -> None:
+    """Compare means over seeds with the elements, in standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(4096, generator=generator).exp()
+    tensor = torch.randn(4096, generator=generator) * wide
+    compressor = make("ec", step=4.0, rounding="stochastic")
+    total = torch.zeros(4096, dtype=torch.float64)
+    for seed in range(draws):
+        total += decode(compressor.encode(tensor, seed=seed))
+    step = 4 * float(tensor.double().std(correction=0))
+    part = (tensor.double().abs() / step).frac()
+    deviation = step * (part * (1 - part)).sqrt()
+    z = (total / draws - tensor) / (deviation / draws**0.5)
+    assert abs(float((z.abs() > 3).double().mean()) - 0.0027) <= share
+    assert abs(float(z.mean())) <= 4 / 4096**0.5
+    assert float(z.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    check_unbiased(400, 0.004)
+
+
+@pytest.mark.slow
+def test_stochastic_rounding_is_unbiased_over_many_draws() -> None:
+    check_unbiased(10_000, 0.001)
+
+
+def test_stochastic_rounding_gives_multiples_of_the_step() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensor = torch.randn(2, 8, 16, 16, generator=generator)
+    compressor = make("ec", step=0.5, rounding="stochastic")
+    frame = compressor.encode(tensor, seed=3)
+    assert frame == compressor.encode(tensor, seed=3)
+    assert frame != compressor.encode(tensor, seed=4)
+    steps = decode(frame).double() / (0.5 * float(tensor.double().std(correction=0)))
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    below = (tensor.double() / (0.5 * float(tensor.double().std(correction=0)))).abs()
+    assert bool(((steps.abs().round() - below.floor()) * 2 - 1).abs().eq(1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_has_no_multiple_of_the_step_is_exact(dtype: torch.dtype) -> None:
+    """More than 254 steps, or a multiple that the type does not hold."""
+    most = torch.finfo(dtype).max
+    tensor = torch.full((4003,), 1e-3, dtype=dtype)
+    tensor[-3:] = torch.tensor([most, -most, most], dtype=dtype)
+    decoded = decode(make("ec", step=1.0, rounding="stochastic").encode(tensor))
+    assert decoded[-3:].tolist() == [most, -most, most]
+    spread = torch.linspace(-1, 1, 2001, dtype=torch.float64).to(dtype)
+    decoded = decode(make("ec", step=0.001, rounding="stochastic").encode(spread))
+    far = spread.double().abs() / (0.001 * spread.double().std(correction=0)) >= 254
+    assert 100 < int(far.sum()) < 2001 and torch.equal(decoded[far], spread[far])

@@ -57,6 +57,7 @@ CASES = [
     ("ec", {}),
     ("ec", {"error": 0.1, "context": "none"}),
     ("ec", {"step": 0.01}),
+    ("ec", {"step": 2.0, "rounding": "stochastic"}),
     ("mask", {}),
     ("mask", {"code": "packed"}),
     ("mask", {"code": "auto"}),  # by a reference

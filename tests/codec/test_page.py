@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy]] = {
     "ec": {
         "step": st.sampled_from([0.004, 0.1, 1.0]),
         "context": st.sampled_from(["spatial", "none"]),
+        "rounding": st.sampled_from(["nearest", "stochastic"]),
     },
 }
 

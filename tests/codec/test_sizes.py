@@ -258,6 +258,8 @@ def cases() -> Iterator[Case]:
     ]
     for option, deadzone, context in product(steer, (None, 0.6), ("spatial", "none")):
         yield "ec", option | {"deadzone": deadzone, "context": context}
+    for step, context in product((0.004, 0.5, 4.0), ("spatial", "none")):
+        yield "ec", {"step": step, "rounding": "stochastic", "context": context}
 
     for code in ("auto", "packed"):
         yield "mask", {"code": code}
