@@ -158,3 +158,19 @@ def test_a_compiled_server_half_computes_the_same(tmp_path: Path) -> None:
         main.run(settings_of(*job, f"compute.compile={compiled}"), folder)
         losses += [row["loss"] for row in results.read_rows(folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contender", ["flash_jmwst", "flash_spdst_compact"])
+def test_two_rounds_of_flash_on_tiny_imagenet(contender: str, tmp_path: Path) -> None:
+    make_tiny_imagenet(tmp_path)
+    settings = settings_of(
+        *("experiment=flash_tinyimagenet", f"contender={contender}", "rounds=2"),
+        *(f"dataset.root={tmp_path}", "dataset.download=false", "clients=4"),
+        *("fraction=0.5", "batch_size=2", "method.warmup_epochs=2"),
+        *("device=cpu", "client_device=cpu", "checkpoint.every=0"),
+    )
+    main.run(settings, tmp_path / "run")
+    rows = results.read_rows(tmp_path / "run")
+    assert [row["density_masked"] for row in rows] == pytest.approx([0.05] * 2, abs=1e-3)
+    assert all(math.isfinite(row["loss"]) for row in rows)
