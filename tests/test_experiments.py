@@ -172,5 +172,7 @@ def test_two_rounds_of_flash_on_tiny_imagenet(contender: str, tmp_path: Path) ->
     )
     main.run(settings, tmp_path / "run")
     rows = results.read_rows(tmp_path / "run")
-    assert [row["density_masked"] for row in rows] == pytest.approx([0.05] * 2, abs=1e-3)
+    assert [row["density_masked"] for row in rows] == pytest.approx(
+        [0.05] * 2, abs=1e-3
+    )
     assert all(math.isfinite(row["loss"]) for row in rows)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -14,7 +15,7 @@ from masksl.report.__main__ import main
 from masksl.report.flash import flash
 from masksl.report.tables import ReportError
 from masksl.runtime import results
-from tests.conftest import settings_of
+from tests.conftest import ROOT, settings_of
 
 KEYS: dict[str, Any] = {
     **{"method.name": "flash", "method.variant": "spdst", "method.density": 0.02},
@@ -310,3 +311,42 @@ def test_the_table_of_small_runs(
         assert row["uploads"] == "3"
     totals = [results.read_summary(runs / name)["bytes_total"] for name in job]
     assert list(sums.values()) == totals
+
+
+# --- what is committed ----------------------------------------------------------------
+
+FOLDERS = ["flash_digits", "flash_cifar10_small", "flash_compact"]
+
+
+def lines_of(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the rows of settings below a heading of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8").split(heading)[1]
+    rows = re.findall(r"(?m)^\| ((?:dense|nst|pdst|spdst|jmwst).*) \|$", text)
+    return [row.split(" | ") for row in rows]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_committed_tables_come_out_again(folder: str, tmp_path: Path) -> None:
+    shown = ROOT / "results" / folder
+    shutil.copytree(shown, tmp_path / folder)
+    for name, text in flash(tmp_path / folder).items():
+        assert text == (shown / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "rows"),
+    [("README.md", "**FLASH:**", 4), ("docs/methods/flash.md", "## Results", 17)],
+)
+def test_pages_show_figures_of_committed_tables(
+    page: str, heading: str, rows: int
+) -> None:
+    """Each cell of a row is in the line of that setting in one of the tables."""
+    tables = [ROOT / "results" / folder / "flash.md" for folder in FOLDERS]
+    lines = [line for table in tables for line in table.read_text().splitlines()]
+    found = lines_of(page, heading)
+    assert len(found) == rows
+    for setting, *cells in found:
+        own = "\n".join(line for line in lines if f" | {setting} | " in line)
+        figures = [figure for cell in cells for figure in cell.split(", ")]
+        for figure in figures:
+            assert figure == "=" or figure in own, (page, setting, figure)
