@@ -115,6 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_the_compressor(runs: dict[str, Path]) -> None:
     run = runs["compressor"]
     summary = results.read_summary(run)
@@ -124,6 +125,7 @@ def test_the_compressor(runs: dict[str, Path]) -> None:
     assert summary["top1"] > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "name"), [("dataset", "mine"), ("dataset_huggingface", "hub")]
 )
@@ -137,6 +139,7 @@ def test_the_data_sets(example: str, name: str, runs: dict[str, Path]) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_network(runs: dict[str, Path]) -> None:
     run = runs["network"]
     assert results.read_config(run)["model.name"] == "mine"
@@ -147,6 +150,7 @@ def test_the_network(runs: dict[str, Path]) -> None:
     assert dense < sent <= dense + 64 * frames
 
 
+@pytest.mark.slow
 def test_the_method(runs: dict[str, Path]) -> None:
     run = runs["method"]
     assert results.read_summary(run)["method"] == "fedprox"

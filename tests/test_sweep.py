@@ -114,6 +114,7 @@ def test_a_finished_sweep_is_not_repeated(undisturbed: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in finished(undisturbed)} == before
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_at_its_time_limit_or_an_interrupt(tmp_path: Path) -> None:
     done = sweep(tmp_path, "rounds=1000", "hydra.launcher.minutes=0.05")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,6 +124,7 @@ def test_a_sweep_ends_at_its_time_limit_or_an_interrupt(tmp_path: Path) -> None:
     assert not processes(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_runs_that_fail_do_not_stop_the_others(
     undisturbed: Path, tmp_path: Path
 ) -> None:

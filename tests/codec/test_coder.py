@@ -646,6 +646,7 @@ make("ec").warm_up()
 """
 
 
+@pytest.mark.slow
 def test_the_loops_are_compiled_once_and_a_line_says_so(tmp_path: Path) -> None:
     compiled, loaded, plain_ = (
         subprocess.run(

@@ -40,7 +40,10 @@ def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     [
         (1, ("client_sync=round",)),
         pytest.param(2, ("client_sync=step",), marks=pytest.mark.slow),
-        (2, ("client_sync=never", "dataset.partition=dirichlet")),
+        pytest.param(
+            *(2, ("client_sync=never", "dataset.partition=dirichlet")),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(3, ("client_sync=never", "dataset.partition=dirichlet")),
             marks=pytest.mark.slow,
@@ -68,6 +71,7 @@ def test_graphs_beyond_the_limit_are_rebuilt(tmp_path: Path) -> None:
     assert rows == local
 
 
+@pytest.mark.slow
 def test_several_calls_per_host_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +148,7 @@ def test_threads_beyond_the_cores_are_named() -> None:
     assert config.warnings(settings_of("engine=ray", "engine.hosts=1")) == []
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run on a cluster of two nodes with pinned partitions and a data root each."""
     ray_session.stop()

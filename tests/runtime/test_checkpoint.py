@@ -133,6 +133,7 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     assert len(rows) == 5
 
 
+@pytest.mark.slow
 def test_a_run_can_be_prolonged_and_change_its_engine(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", *SMALL)
     run(tmp_path / "short", *SMALL, "rounds=2", "checkpoint.every=5")

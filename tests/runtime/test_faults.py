@@ -141,6 +141,7 @@ def _bytes(row: Any) -> int:
     return row
 
 
+@pytest.mark.slow
 def test_a_host_killed_between_rounds_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
