@@ -264,11 +264,13 @@ def test_counts_must_be_those_of_the_symbols() -> None:
 # --- stochastic rounding --------------------------------------------------------------
 
 
-def check_unbiased(draws: int, share: float) -> None:
-    """Compare means over seeds with the elements, in standard errors."""
+def check_unbiased(draws: int) -> None:
+    """Compare means over seeds with the elements, in standard errors.
+
+    The share of 4,096 normal numbers beyond 3 is .0027, with a deviation of .0008.
+    """
     generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(4096, generator=generator).exp()
-    tensor = torch.randn(4096, generator=generator) * wide
+    tensor = torch.randn(4096, generator=generator)
     compressor = make("ec", step=4.0, rounding="stochastic")
     total = torch.zeros(4096, dtype=torch.float64)
     for seed in range(draws):
@@ -277,18 +279,19 @@ def check_unbiased(draws: int, share: float) -> None:
     part = (tensor.double().abs() / step).frac()
     deviation = step * (part * (1 - part)).sqrt()
     z = (total / draws - tensor) / (deviation / draws**0.5)
-    assert abs(float((z.abs() > 3).double().mean()) - 0.0027) <= share
+    share = float((z.abs() > 3).double().mean())
+    assert abs(share - 0.0027) <= 4 * (0.0027 / 4096) ** 0.5
     assert abs(float(z.mean())) <= 4 / 4096**0.5
     assert float(z.std()) == pytest.approx(1, abs=0.05)
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
-    check_unbiased(400, 0.004)
+    check_unbiased(400)
 
 
 @pytest.mark.slow
 def test_stochastic_rounding_is_unbiased_over_many_draws() -> None:
-    check_unbiased(10_000, 0.001)
+    check_unbiased(10_000)
 
 
 def test_stochastic_rounding_gives_multiples_of_the_step() -> None:
