@@ -134,26 +134,6 @@ class Parsed:
     exact: memoryview = memoryview(b"")
 
 
-class _Reader:
-    """Reads bytes in order; `FrameError` where there are too few."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-
-    def take(self, size: int) -> memoryview:
-        """Return the next bytes."""
-        if size > len(self._view):
-            raise FrameError(
-                f"frame-set is cut short: {size} bytes expected, {len(self._view)} left"
-            )
-        taken, self._view = self._view[:size], self._view[size:]
-        return taken
-
-    def rest(self) -> memoryview:
-        """Return all bytes that are left."""
-        return self._view
-
-
 def parse(data: Buffer, like: Named) -> Parsed:
     """Check a frame-set; return its parts."""
     view = memoryview(data).cast("B")
@@ -177,7 +157,7 @@ def parse(data: Buffer, like: Named) -> Parsed:
     known = (0,) if mode == EXACT else (0, SCALED)
     if mode > JOINED or flags not in known or zero:
         raise FrameError(f"frame-set declares the mode {mode} and the flags {flags}")
-    reader = _Reader(view[_FIXED.size :])
+    reader = wire.Reader(view[_FIXED.size :], "frame-set")
     name = wire.name_of(text)
     if mode == EXACT:
         if name:
@@ -196,7 +176,7 @@ def parse(data: Buffer, like: Named) -> Parsed:
 
 
 def _parse_coded(
-    reader: _Reader, name: str, like: Named, joined: bool, scaled: bool
+    reader: wire.Reader, name: str, like: Named, joined: bool, scaled: bool
 ) -> Parsed:
     """Read everything that only frame-sets with a compressor have."""
     compressor = class_of(name)

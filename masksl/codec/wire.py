@@ -181,6 +181,44 @@ def parse(
     return Header(name_of(name), DTYPES[dtype], shape, own), view[start:]
 
 
+class Reader:
+    """Reads bytes in order; `FrameError` where there are too few or too many.
+
+    Parameters
+    ----------
+    view : memoryview
+        The bytes.
+    what : str
+        What they are, for error lines.
+    """
+
+    def __init__(self, view: memoryview, what: str) -> None:
+        self._view, self._what = view, what
+
+    def take(self, size: int) -> memoryview:
+        """Return the next bytes."""
+        if size > len(self._view):
+            raise FrameError(
+                f"{self._what} is cut short: {size} bytes expected, "
+                f"{len(self._view)} left"
+            )
+        taken, self._view = self._view[:size], self._view[size:]
+        return taken
+
+    def numbers(self, layout: struct.Struct) -> tuple[int, ...]:
+        """Return the next numbers."""
+        return layout.unpack(self.take(layout.size))
+
+    def rest(self) -> memoryview:
+        """Return all bytes that are left."""
+        return self.take(len(self._view))
+
+    def end(self) -> None:
+        """Check that no byte is left."""
+        if len(self._view):
+            raise FrameError(f"{self._what} with {len(self._view)} bytes too many")
+
+
 def name_of(field: bytes) -> str:
     """Return the compressor's name that a field of eight bytes holds."""
     text = field.rstrip(b"\0")

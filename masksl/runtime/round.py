@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
+from masksl.runtime import messages
 from masksl.runtime.clients import TRAINING, ClientInfo, ClientManager
 from masksl.training.schedule import Rates
 from masksl.training.score import Score
@@ -97,6 +98,12 @@ class Round:
         """Derive the seed of one purpose at one step of this round."""
         seed = self.manager.run.seed
         return derive_seed(seed, purpose, client=client, round=self.number, step=step)
+
+    def message(self, step: int) -> RecordDict:
+        """Return the content of a message of a step: its place, and all rounds."""
+        place = {"round": self.number, "step": step, "rounds": self.rates.rounds}
+        record = ConfigRecord(place)  # type: ignore[arg-type]
+        return RecordDict({messages.PLACE: record})
 
     def place(self, step: int, client: int | None = None, label: str = "") -> str:
         """Return round, step, client and a label in words, for error lines."""

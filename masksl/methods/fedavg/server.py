@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
 from masksl.compress import decode_set
@@ -117,12 +117,7 @@ class FedAvgServer(ServerMethod):
 
     def _request(self, round_: Round, client: ClientInfo, step: int) -> RecordDict:
         """Return a message with its place, and the model if the client lacks it."""
-        place: dict[str, Any] = {
-            "round": round_.number,
-            "step": step,
-            "rounds": round_.rates.rounds,
-        }
-        content = RecordDict({messages.PLACE: ConfigRecord(place)})
+        content = round_.message(step)
         where = round_.place(step, client.number, self._down)
         with ends_run(where), round_.watch("codec"):
             self.model.attach(content, client)

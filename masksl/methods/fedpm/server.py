@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
 from masksl.methods import method_config
@@ -154,12 +154,7 @@ class FedPmServer(ServerMethod):
         """Have all clients train, and count the masks that they send."""
         sent = {}
         for client in round_.active(round_.clients):
-            place: dict[str, Any] = {
-                "round": round_.number,
-                "step": step,
-                "rounds": round_.rates.rounds,
-            }
-            content = RecordDict({messages.PLACE: ConfigRecord(place)})
+            content = round_.message(step)
             with round_.watch("codec"):
                 self._attach(content, client)
             sent[client.number] = content

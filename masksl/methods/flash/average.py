@@ -68,10 +68,6 @@ class Average:
         self._samples.append(samples)
         self._rest.append(rest)
 
-    def __len__(self) -> int:
-        """Return the number of clients."""
-        return len(self._samples)
-
     def weights(self) -> torch.Tensor:
         """Return the average of the maskable weights, float32, shape (n,)."""
         assert self._sum is not None and self._weights is not None

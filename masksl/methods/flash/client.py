@@ -154,7 +154,7 @@ def _encoded(
     shared = _shared(client)
     layers, coding = shared.start.layers, shared.up
     counts = layers.counts(mask.cpu().numpy())
-    if shared.up.absolute:
+    if coding.absolute:
         kept = topk.masked(layers.flat(tensors), mask)
         return coding.encode(kept, counts, tensors, seed=seed)
     kept, rest = _changes(layers, tensors, begin, mask)

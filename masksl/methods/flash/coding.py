@@ -83,7 +83,7 @@ class MaskCoding:
         FrameError
             If it is broken, or was coded by another mask than the held one.
         """
-        body = _Reader(data)
+        body = wire.Reader(memoryview(data), "mask")
         form, version = body.numbers(_HEADER)
         if form == SAME:
             body.end()
@@ -133,7 +133,7 @@ class MaskCoding:
         FrameError
             If it is broken.
         """
-        body = _Reader(data)
+        body = wire.Reader(memoryview(data), "mask")
         form, number = body.numbers(_HEADER)
         if form == SAME:
             body.end()
@@ -162,7 +162,7 @@ class MaskCoding:
             counts += change.grown - _counted(levels[change.cut], len(counts))
         return b"".join(parts)
 
-    def _adjustment(self, body: "_Reader", mask: np.ndarray) -> Change:
+    def _adjustment(self, body: wire.Reader, mask: np.ndarray) -> Change:
         """Read one adjustment of a mask."""
         layers = self.start.layers
         counts = np.array(layers.counts(mask))
@@ -240,35 +240,6 @@ def unpack_counts(data: Buffer, most: Sequence[int]) -> list[int]:
         if count > size:
             raise FrameError(f"{count} weights of layer {layer}, which has {size}")
     return counts
-
-
-class _Reader:
-    """Reads bytes in order; `FrameError` where there are too few."""
-
-    def __init__(self, data: Buffer) -> None:
-        self._view = memoryview(data)
-
-    def take(self, size: int) -> memoryview:
-        """Return the next bytes."""
-        if size > len(self._view):
-            raise FrameError(
-                f"mask is cut short: {size} bytes expected, {len(self._view)} left"
-            )
-        taken, self._view = self._view[:size], self._view[size:]
-        return taken
-
-    def numbers(self, layout: struct.Struct) -> tuple[int, ...]:
-        """Return the next numbers."""
-        return layout.unpack(self.take(layout.size))
-
-    def rest(self) -> memoryview:
-        """Return all bytes that are left."""
-        return self.take(len(self._view))
-
-    def end(self) -> None:
-        """Check that no byte is left."""
-        if len(self._view):
-            raise FrameError(f"mask with {len(self._view)} bytes too many")
 
 
 def _by(version: int, held: Versioned | None) -> Versioned:

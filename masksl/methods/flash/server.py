@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
 from masksl.codec import topk
@@ -149,9 +149,9 @@ class FlashServer(ServerMethod):
         if self.config.warmup == "init":
             with round_.watch("server"):
                 return self.start.first_counts([self.start.warmup()])
-        fraction, place = self.config.warmup_fraction, _place(round_, 0)
+        fraction = self.config.warmup_fraction
         drawn = round_.manager.sample(round_.number, fraction, WARMUP)
-        sent = {c.number: RecordDict({messages.PLACE: place}) for c in drawn}
+        sent = {c.number: round_.message(0) for c in drawn}
         replies = round_.exchange(WARMUP, sent, step=0, label="first stage")
         sizes, counts = self.start.layers.sizes, []
         for number, content in replies.items():
@@ -167,7 +167,7 @@ class FlashServer(ServerMethod):
         sent = {}
         for client in round_.active(round_.clients):
             version = groups[client.number]
-            content = RecordDict({messages.PLACE: _place(round_, step)})
+            content = round_.message(step)
             where = round_.place(step, client.number, "model_compressor")
             with ends_run(where), round_.watch("codec"):
                 if self.config.has_masks:
@@ -333,12 +333,6 @@ class FlashServer(ServerMethod):
         """Return bytes a client and round over the whole run, and the last
         densities."""
         return {key: rows[-1][key] for key in _SHARES} | _bytes(traffic)
-
-
-def _place(round_: Round, step: int) -> ConfigRecord:
-    """Return the place of a message."""
-    rounds = round_.rates.rounds
-    return ConfigRecord({"round": round_.number, "step": step, "rounds": rounds})
 
 
 def _bytes(traffic: Traffic) -> dict[str, float]:
