@@ -33,14 +33,7 @@ def largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     if magnitude.device.type != "cpu":
         return _largest_on_device(magnitude, k)
     if len(magnitude) == 1:
-        candidates, smallest = _at_least_kth(magnitude.view(-1), k)
-        if candidates.numel() == k:
-            return candidates
-        del candidates  # as large as two tensors if many are tied
-        mask = magnitude.view(-1) >= smallest
-        ties = positions(magnitude.view(-1) == smallest)
-        mask[ties[k - int(mask.count_nonzero()) :]] = False
-        return positions(mask)
+        return torch.from_numpy(_of_row(magnitude.view(-1).numpy(), k))
     step = max(1, BLOCK // magnitude.shape[1])
     mask = torch.cat([_of_rows(part, k).view(-1) for part in magnitude.split(step)])
     return positions(mask)
@@ -128,6 +121,18 @@ def _largest_on_device(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     return positions(mask.view(-1), mask.shape[0] * k)
 
 
+def _of_row(values: np.ndarray, k: int) -> np.ndarray:
+    """Select the k largest of flat values, as ascending positions."""
+    candidates, smallest = _at_least_kth(values, k)
+    if candidates.size == k:
+        return candidates
+    del candidates  # as large as two tensors if many are tied
+    mask = values >= smallest
+    ties = np.flatnonzero(values == smallest)
+    mask[ties[k - np.count_nonzero(mask) :]] = False
+    return np.flatnonzero(mask)
+
+
 def _of_rows(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     """Select the k largest of some rows together, bool, shape (rows, n)."""
     rows = magnitude.numpy()
@@ -143,36 +148,32 @@ def _of_rows(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(mask)
 
 
-def _kth(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k-th largest of flat values on the CPU, shape (1,)."""
-    rank = values.numel() - k  # NumPy again: topk takes four times the memory
-    return torch.from_numpy(np.partition(values.numpy(), rank)[rank, None].copy())
+def _kth(values: np.ndarray, k: int) -> np.generic:
+    """Return the k-th largest of flat values."""
+    rank = values.size - k
+    kth: np.generic = np.partition(values, rank)[rank]
+    return kth
 
 
-def _at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Return the positions of values of at least a bound, int64, ascending."""
-    return torch.from_numpy(np.flatnonzero(values.numpy() >= bound.numpy()))
-
-
-def _at_least_kth(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _at_least_kth(values: np.ndarray, k: int) -> tuple[np.ndarray, np.generic]:
     """Return the positions of the k largest values and their ties, and the k-th value.
 
     A sample gives a threshold that is very likely a lower bound of the k-th value. The
     exact selection is made among the few elements above it. If there are fewer than k,
     it is made among all.
     """
-    stride = values.numel() // 2**15
-    while math.gcd(stride, values.numel()) > 1:  # not the same column of every map
+    stride = values.size // 2**15
+    while math.gcd(stride, values.size) > 1:  # not the same column of every map
         stride += 1
-    if stride > 1 and 8 * k < values.numel():
+    if stride > 1 and 8 * k < values.size:
         sample = values[::stride]
         expected = k / stride
         rank = int(expected + 4 * expected**0.5) + 4
-        guess = sample.topk(min(rank, sample.numel())).values[-1]
-        candidates = _at_least(values, guess)
-        if candidates.numel() >= k:
+        guess = _kth(sample, min(rank, sample.size))
+        candidates = np.flatnonzero(values >= guess)
+        if candidates.size >= k:
             above = values[candidates]
             smallest = _kth(above, k)
             return candidates[above >= smallest], smallest
     smallest = _kth(values, k)
-    return _at_least(values, smallest), smallest
+    return np.flatnonzero(values >= smallest), smallest

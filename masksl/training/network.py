@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from masksl.training.compute import FLOAT32, ComputeConfig, compute
+from masksl.training.factors import Trace
 from masksl.training.optimizer import OptimizerConfig, apply_gradients
 from masksl.training.score import mean_loss
 from masksl.training.tensors import Tensors
@@ -218,7 +219,13 @@ class LocalNetwork:
         return loss
 
     def gradients(
-        self, images: torch.Tensor, labels: torch.Tensor, *, smoothing: float, seed: int
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        smoothing: float,
+        seed: int,
+        trace: Trace | None = None,
     ) -> tuple[float, Tensors | None]:
         """Return the mean loss of a mini-batch on a whole network, and its gradients.
 
@@ -232,22 +239,31 @@ class LocalNetwork:
             `OptimizerConfig.label_smoothing`.
         seed : int
             Seed of dropout.
+        trace : Trace | None
+            Takes the factors of linear layers, if given.
 
         Returns
         -------
         tuple[float, dict[str, torch.Tensor] | None]
-            The mean cross-entropy; the gradient of every parameter by name, None if the
-            loss is not finite.
+            The mean cross-entropy; the gradient by name of every parameter that the
+            trace does not replace, None if the loss is not finite.
         """
         self._module.train()
         with self._compute(seed):
-            loss = mean_loss(self._run(images), labels, smoothing)
+            with nullcontext() if trace is None else trace.forward(self._module):
+                loss = mean_loss(self._run(images), labels, smoothing)
             value = loss.item()
             if not math.isfinite(value):
                 return value, None
-            parameters = [self.tensors[name] for name in self._names]
-            gradients = torch.autograd.grad(loss, parameters)
-        return value, dict(zip(self._names, gradients, strict=True))
+            names = self._names
+            if trace is None:
+                found = torch.autograd.grad(loss, [self.tensors[n] for n in names])
+            else:
+                names = [name for name in names if not trace.replaces(name)]
+                wanted = [*(self.tensors[name] for name in names), *trace.edges]
+                found = torch.autograd.grad(loss, wanted)
+                trace.backward(found[len(names) :])
+        return value, dict(zip(names, found, strict=False))
 
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Return the output for images in evaluation mode; nothing changes."""

@@ -32,12 +32,13 @@ from masksl.methods.sasg.vectors import (
     digest,
     join,
     split,
-    squared_distance,
+    squared_norm,
     total_of,
 )
 from masksl.runtime import messages
 from masksl.runtime.compressors import EXACT
 from masksl.settings import Settings
+from masksl.training.factors import Trace
 from masksl.training.network import LocalNetwork
 from masksl.training.tensors import Tensors, copies
 
@@ -119,15 +120,15 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
         weights = _receive(client, content)
         threshold = threshold_of(content)
     with client.watch("compute"):
-        pass_ = _Pass(client, content)
-        loss, fresh, buffers = pass_.gradient(weights)
-        skips = _skips(client)
+        pass_, skips = _Pass(client, content), _skips(client)
         skipped = False
-        if threshold is not None and skips <= config.delay:
-            _, before, _ = pass_.gradient(state[REFERENCE][FLAT])
-            skipped = squared_distance(fresh, before) <= threshold
-    if buffers:
-        state[BUFFER_STATE] = buffers
+        if threshold is None or skips > config.delay:
+            fresh = pass_.gradient(weights, None)
+        else:
+            fresh = pass_.gradient(weights, Trace())
+            skipped = pass_.distance(fresh, state[REFERENCE][FLAT]) <= threshold
+    if fresh.buffers:
+        state[BUFFER_STATE] = fresh.buffers
     reply = RecordDict()
     if place["step"] == 0:
         reply[DIGEST] = digest_record(digest(weights))
@@ -136,12 +137,12 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
         _set_skips(client, skips + 1)
     else:
         with client.watch("codec"):
-            data = _upload(client, content, place["lr"], fresh)
+            data = _upload(client, content, place["lr"], fresh.tensors)
         reply[UPDATE] = messages.set_record(data, 4 * shared.layout.elements)
         if config.rule:
             state[REFERENCE] = {FLAT: weights}
             _set_skips(client, int(threshold is not None))
-    reply[messages.METRICS] = client.metrics(loss=loss, samples=pass_.samples)
+    reply[messages.METRICS] = client.metrics(loss=fresh.loss, samples=pass_.samples)
     return reply
 
 
@@ -170,6 +171,27 @@ CLIENT = ClientMethod(
 # --- gradients ------------------------------------------------------------------------
 
 
+class _Gradient(NamedTuple):
+    """What a pass computed.
+
+    Parameters
+    ----------
+    loss : float
+        The mean loss of the mini-batch.
+    tensors : dict[str, torch.Tensor]
+        Its gradient by name, without what a trace replaces.
+    buffers : dict[str, torch.Tensor]
+        The buffers after the pass.
+    trace : Trace | None
+        Factors of the gradient.
+    """
+
+    loss: float
+    tensors: Tensors
+    buffers: Tensors
+    trace: Trace | None
+
+
 class _Pass:
     """Gradients of the mean loss of one mini-batch, at any weights.
 
@@ -193,8 +215,8 @@ class _Pass:
         """Samples of the mini-batch."""
         return len(self._batch[1])
 
-    def gradient(self, weights: torch.Tensor) -> tuple[float, Tensors, Tensors]:
-        """Return the loss, its gradient by name, and the buffers after the pass.
+    def gradient(self, weights: torch.Tensor, trace: Trace | None) -> _Gradient:
+        """Compute the gradient at some weights, and trace it if asked to.
 
         Raises
         ------
@@ -209,10 +231,24 @@ class _Pass:
             *self._batch,
             smoothing=setup.optimizer.label_smoothing,
             seed=client.seed("dropout.client", self._place),
+            trace=trace,
         )
         if gradients is None:
             raise NotFiniteError("loss not finite")
-        return loss, gradients, network.buffers
+        return _Gradient(loss, gradients, network.buffers, trace)
+
+    def distance(self, gradient_: _Gradient, weights: torch.Tensor) -> float:
+        """Return the squared distance of a gradient from that at other weights.
+
+        In float64 over all parameters; of linear layers by their factors where these
+        are smaller.
+        """
+        other = self.gradient(weights, Trace(gradient_.trace))
+        assert other.trace is not None
+        return other.trace.distance + sum(
+            squared_norm(own.reshape(-1), gradient_.tensors[name].reshape(-1))
+            for name, own in other.tensors.items()
+        )
 
 
 # --- what goes up ---------------------------------------------------------------------
@@ -228,15 +264,15 @@ def _upload(
     if config.is_sparse and MEMORY in state:
         change += state[MEMORY][FLAT]
     seed = client.seed("compress", place_of(content))
-    data = layout.encode(change, shared.compressor, seed=seed)
-    if config.is_sparse:
-        vector = layout.decode_vector(data, shared.compressor)
-        vector.take_from(change)
-        state[MEMORY] = {FLAT: change}
-        if config.way_down == "relay":
-            shared.uploads[client.number] = data, vector
-            frame = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-            state[OWN] = {FRAME: frame}
+    if not config.is_sparse:
+        return layout.encode(change, shared.compressor, seed=seed)
+    data, vector = layout.compress(change, shared.compressor, seed=seed)
+    vector.take_from(change)
+    state[MEMORY] = {FLAT: change}
+    if config.way_down == "relay":
+        shared.uploads[client.number] = data, vector
+        frame = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        state[OWN] = {FRAME: frame}
     return data
 
 

@@ -1,6 +1,6 @@
 """Which elements of a vector of all parameters are sent."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import torch
@@ -50,6 +50,32 @@ class _Largest(Sparsification):
             chosen.append(own + start)
             start += part.numel()
         return torch.cat(chosen)
+
+
+@dataclass(frozen=True)
+class _Chosen(Sparsification):
+    """Keeps given elements of a vector; its frames are those of sp.
+
+    Parameters
+    ----------
+    chosen : torch.Tensor
+        int64, shape (k,): their positions, ascending.
+    """
+
+    chosen: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def select(
+        self, magnitude: torch.Tensor, k: int, *, seed: int, training: bool
+    ) -> torch.Tensor:
+        """Return the positions."""
+        del magnitude, k, seed, training
+        return self.chosen
+
+
+def keeping(selection: Sparsification, chosen: torch.Tensor) -> Sparsification:
+    """Return what sends as a selection does, of elements that it chose before."""
+    own = {f.name: getattr(selection, f.name) for f in fields(Sparsification)}
+    return _Chosen(**own, chosen=chosen)
 
 
 @lru_cache(maxsize=8)

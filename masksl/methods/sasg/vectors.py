@@ -17,7 +17,7 @@ from masksl.compress import (
     encode_set,
     has_positions,
 )
-from masksl.methods.sasg.selection import joined_selection
+from masksl.methods.sasg.selection import joined_selection, keeping
 from masksl.runtime.compressors import EXACT
 from masksl.training.flat import FlatParameters
 from masksl.training.tensors import Tensors, all_finite
@@ -101,6 +101,25 @@ class Layout(FlatParameters):
         if joined is not None:
             return encode_set({_ALL: flat}, joined)
         return encode_set(self.named(flat), compressor, seed=seed)
+
+    def compress(
+        self, flat: torch.Tensor, compressor: Compressor, *, seed: int
+    ) -> tuple[bytes, Vector]:
+        """Encode a vector; return also what `decode_vector` makes of it.
+
+        Raises
+        ------
+        NotFiniteError
+            If it has values that are not finite.
+        """
+        joined = joined_selection(compressor, self.sizes)
+        if joined is None or joined.values != "float32":
+            data = self.encode(flat, compressor, seed=seed)
+            return data, self.decode_vector(data, compressor)
+        magnitude = flat.abs().view(1, -1)  # what is kept goes exactly: no decoding
+        chosen = joined.select(magnitude, 0, seed=seed, training=True)
+        data = encode_set({_ALL: flat}, keeping(joined, chosen))
+        return data, Vector(chosen, flat[chosen])
 
     def decode(self, data: bytes, compressor: Compressor) -> torch.Tensor:
         """Decode what `encode` returned to a vector, float32, shape (d,).
@@ -198,14 +217,6 @@ def squared_norm(flat: torch.Tensor, minus: torch.Tensor | None = None) -> float
         wide = block.astype(np.float64)
         total += float(np.square(wide, out=wide).sum())
     return total
-
-
-def squared_distance(ones: Tensors, others: Tensors) -> float:
-    """Return the squared norm of the difference of tensors by name, in float64."""
-    return sum(
-        squared_norm(one.reshape(-1), others[name].reshape(-1))
-        for name, one in ones.items()
-    )
 
 
 def join(vectors: Sequence[Vector]) -> Tensors:
