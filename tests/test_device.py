@@ -161,8 +161,7 @@ def test_every_compressor_that_computes_on_a_device_is_tested_here() -> None:
     """`ec` is coded on the host, and `rt` draws: no generator without a device.
 
     `sign`, `qsgd` and `drive` draw, too, and add up on the host. `mask` is tested with
-    both of its ways. `spsign` looks for its magnitudes on the
-    host.
+    both of its ways. `spsign` looks for its magnitudes on the host.
     """
     assert set(COMPRESSORS) - {name for name, _ in CASES} == {
         "ec",

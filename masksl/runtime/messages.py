@@ -5,6 +5,7 @@ Records of a message are named after the kinds of the ledger (``activation``,
 round and the step, ``metrics`` measurements, ``failure`` the reason why a run must end.
 """
 
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ HELLO = "query.hello"
 SAVE = "query.save"
 
 MODEL = "model"
+DIGEST = "digest"
 PLACE = "place"
 METRICS = "metrics"
 FAILURE = "failure"
@@ -31,6 +33,7 @@ FRAME = "masksl.frame"
 FRAMES = "masksl.frames"
 _RAW = "masksl.raw"
 _TENSOR = "masksl.tensor"
+_DIGEST = struct.Struct("<Q")
 _ONLY = "frame"  # key of the one array of a record
 
 
@@ -86,6 +89,15 @@ def place_of(content: RecordDict) -> dict[str, Any]:
     if place is None:
         raise KeyError(f"message without {PLACE}")
     return dict(place)
+
+
+def add_to_place(content: RecordDict, more: Mapping[str, float]) -> None:
+    """Add to the place of a message."""
+    place = config_of(content, PLACE)
+    if place is None:
+        raise KeyError(f"message without {PLACE}")
+    for key, value in more.items():
+        place[key] = value
 
 
 def entries(content: RecordDict, full: Mapping[str, int] | None = None) -> list[Entry]:
@@ -167,6 +179,17 @@ def raw_of(content: RecordDict, kind: str, size: int | None = None) -> bytes:
     if size is not None and len(data) != size:
         raise FrameError(f"{kind} of {len(data)} bytes, expected {size}")
     return data
+
+
+def digest_record(digest: int) -> ArrayRecord:
+    """Return a record of a digest, by which copies are compared: 8 bytes."""
+    return raw_record(_DIGEST.pack(digest))
+
+
+def digest_of(content: RecordDict) -> int:
+    """Return the digest of a message."""
+    (digest,) = _DIGEST.unpack(raw_of(content, DIGEST, _DIGEST.size))
+    return int(digest)
 
 
 def dense_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -1,5 +1,7 @@
 """SGD and Adam on named tensors."""
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -170,3 +172,82 @@ def _adam(
         eps=config.eps,
         maximize=False,
     )
+
+
+# --- the same on every processor ------------------------------------------------------
+
+
+def stepped(
+    tensors: Tensors,
+    gradients: Tensors,
+    state: Mapping[str, Tensors],
+    config: OptimizerConfig,
+    lr: float,
+) -> tuple[Tensors, dict[str, Tensors]]:
+    """Take the step of `apply_gradients` so that every processor rounds alike.
+
+    It computes on the CPU, each product and each sum by itself: a processor that fuses
+    the two rounds once and not twice. Copies of a network that take the same steps on
+    different machines then stay equal bit for bit.
+
+    Parameters
+    ----------
+    tensors, gradients, state, config, lr
+        See `apply_gradients`. They are not changed.
+
+    Returns
+    -------
+    tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]
+        The new parameters, those with a gradient alone, and the new state. Both are on
+        the devices of the old parameters; numbers of steps are on the CPU.
+    """
+    step = _adam_alone if config.name == "adam" else _sgd_alone
+    parameters: Tensors = {}
+    states: dict[str, Tensors] = {group: {} for group in config.states}
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            parameter = tensors[name].detach()
+            own = {g: state[g][name].cpu() for g in states if name in state.get(g, {})}
+            gradient = gradient.cpu()
+            if config.weight_decay:
+                gradient = gradient + parameter.cpu() * config.weight_decay
+            change, own = step(gradient, own, config)
+            new = parameter.cpu() - change * lr
+            parameters[name] = new.to(parameter.device)
+            for group, tensor in own.items():
+                device = "cpu" if group == STEP else parameter.device
+                states[group][name] = tensor.to(device)
+    return parameters, states
+
+
+def _sgd_alone(
+    gradient: torch.Tensor, state: Tensors, config: OptimizerConfig
+) -> tuple[torch.Tensor, Tensors]:
+    """Return the direction of SGD, and what is remembered."""
+    if not config.momentum:
+        return gradient, {}
+    if MOMENTUM in state:
+        momentum = state[MOMENTUM] * config.momentum
+        momentum += gradient
+    else:  # as PyTorch: the first gradient is taken whole
+        momentum = gradient.clone()
+    if config.nesterov:
+        return gradient + momentum * config.momentum, {MOMENTUM: momentum}
+    return momentum, {MOMENTUM: momentum}
+
+
+def _adam_alone(
+    gradient: torch.Tensor, state: Tensors, config: OptimizerConfig
+) -> tuple[torch.Tensor, Tensors]:
+    """Return the direction of Adam, and what is remembered."""
+    zeros = torch.zeros_like(gradient)
+    steps = state.get(STEP, torch.tensor(0.0)) + 1
+    (beta, beta_square), number = config.betas, int(steps)
+    mean = state.get(MEAN, zeros) * beta
+    mean += gradient * (1 - beta)
+    square = state.get(SQUARE, zeros) * beta_square
+    square += (gradient * gradient) * (1 - beta_square)
+    root = square.sqrt() / math.sqrt(1 - beta_square**number)
+    direction = mean / (1 - beta**number)
+    direction /= root + config.eps
+    return direction, {MEAN: mean, SQUARE: square, STEP: steps}

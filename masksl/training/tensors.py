@@ -1,9 +1,10 @@
 """Tensors by name."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import xxhash
 from torch import nn
 
 Tensors = dict[str, torch.Tensor]
@@ -31,6 +32,14 @@ def all_finite(tensor: torch.Tensor) -> bool:
     if math.isfinite(tensor.sum()):
         return True
     return all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> int:
+    """Return 64 bits by which copies of tensors are compared (XXH3)."""
+    state = xxhash.xxh3_64()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().numpy())
+    return state.intdigest()
 
 
 def group(tensors: Mapping[str, torch.Tensor], name: str) -> Tensors:

@@ -62,10 +62,10 @@ def test_weights_adapt_to_those_who_are_left() -> None:
         row = training.strategy.run_round(training.grid, 1, 1)
     assert row["left_out"] == [{"client": 0, "phase": "training", "step": 0}]
     assert row["samples"] == 26
-    assert training.server.shared is not None
+    assert training.server.sync.shared is not None
     for number in (0, 1):  # the average is the half of the one that is left
         tensors = training.client_tensors(number)
-        for name, tensor in training.server.shared.tensors.items():
+        for name, tensor in training.server.sync.shared.tensors.items():
             assert tensor.equal(tensors[name])
     up = row["bytes"]["training"]["up"]
     assert up["label"] == 26

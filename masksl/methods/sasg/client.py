@@ -15,12 +15,10 @@ from masksl.methods.sasg import SasgConfig
 from masksl.methods.sasg.messages import (
     BUFFER,
     BUFFERS,
-    DIGEST,
     SENDERS,
     SKIP,
     TRAIN,
     UPDATE,
-    digest_record,
     relayed,
     skip_record,
     threshold_of,
@@ -29,7 +27,6 @@ from masksl.methods.sasg.selection import NONZERO
 from masksl.methods.sasg.vectors import (
     Layout,
     Vector,
-    digest,
     join,
     split,
     squared_norm,
@@ -40,7 +37,7 @@ from masksl.runtime.compressors import EXACT
 from masksl.settings import Settings
 from masksl.training.factors import Trace
 from masksl.training.network import LocalNetwork
-from masksl.training.tensors import Tensors, copies
+from masksl.training.tensors import Tensors, copies, digest
 
 # Groups of a worker's state. Those of one tensor have it under the name `FLAT`.
 WEIGHTS = "weights"  # w, which the workers of a process share
@@ -131,7 +128,7 @@ def gradient(client: Client, content: RecordDict) -> RecordDict:
         state[BUFFER_STATE] = fresh.buffers
     reply = RecordDict()
     if place["step"] == 0:
-        reply[DIGEST] = digest_record(digest(weights))
+        reply[messages.DIGEST] = messages.digest_record(digest([weights]))
     if skipped:
         reply[SKIP] = skip_record()
         _set_skips(client, skips + 1)

@@ -16,11 +16,9 @@ UPDATE = "update"
 THRESHOLD = "threshold"
 SENDERS = "senders"
 SKIP = "skip"
-DIGEST = "digest"
 BUFFER = "buffer"
 
 _NUMBER = struct.Struct("<d")
-_DIGEST = struct.Struct("<Q")
 _SKIPPED = b"\x01"
 
 
@@ -51,17 +49,6 @@ def has_skipped(content: RecordDict) -> bool:
     if raw_of(content, SKIP, 1) != _SKIPPED or UPDATE in content:
         raise FrameError("skip with another content")
     return True
-
-
-def digest_record(digest: int) -> ArrayRecord:
-    """Return a record of a digest: 8 bytes."""
-    return raw_record(_DIGEST.pack(digest))
-
-
-def digest_of(content: RecordDict) -> int:
-    """Return the digest of a message."""
-    (digest,) = _DIGEST.unpack(raw_of(content, DIGEST, _DIGEST.size))
-    return int(digest)
 
 
 def senders_record(senders: Sequence[int], workers: int) -> ArrayRecord:

@@ -30,14 +30,13 @@ from masksl.methods.sasg.messages import (
     THRESHOLD,
     TRAIN,
     UPDATE,
-    digest_of,
     has_skipped,
     relay_record,
     senders_record,
     threshold_record,
 )
 from masksl.methods.sasg.selection import NONZERO
-from masksl.methods.sasg.vectors import Layout, digest, join
+from masksl.methods.sasg.vectors import Layout, join
 from masksl.methods.sasg.weights import Past, Weights
 from masksl.methods.sasg.workers import Workers
 from masksl.runtime import messages
@@ -49,7 +48,15 @@ from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
 from masksl.training.score import Score
-from masksl.training.tensors import Tensors, average, copies, group, grouped, tensors_of
+from masksl.training.tensors import (
+    Tensors,
+    average,
+    copies,
+    digest,
+    group,
+    grouped,
+    tensors_of,
+)
 
 
 @dataclass
@@ -196,10 +203,10 @@ class SasgServer(ServerMethod):
 
         Processors may differ in what both sides compute from the seed.
         """
-        own = digest(self.weights.flat)
+        own = digest([self.weights.flat])
         for number, content in replies.items():
             with ends_run(round_.place(0, number, "digest")):
-                if digest_of(content) != own:
+                if messages.digest_of(content) != own:
                     round_.manager.clients[number].version = UNKNOWN
 
     def _move(self, round_: Round, step: int, lr: float) -> None:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import nn
 
 from masksl.compress import (
@@ -186,11 +185,6 @@ def total_of(vectors: Sequence[Vector], layout: Layout) -> torch.Tensor:
     for vector in vectors:
         vector.add_to(total)
     return total
-
-
-def digest(flat: torch.Tensor) -> int:
-    """Return 64 bits by which copies of a vector are compared (XXH3)."""
-    return xxhash.xxh3_64_intdigest(flat.cpu().numpy())
 
 
 def squared_norm(flat: torch.Tensor, minus: torch.Tensor | None = None) -> float:

@@ -26,7 +26,6 @@ class SplitConfig(Section):
     """
 
     top_level: ClassVar[tuple[str, ...]] = ("cut", "client_sync", "gradient_positions")
-    unused_slots: ClassVar[tuple[str, ...]] = ("model_compressor",)
 
     name: Literal["split"] = Field("split", description="split")
     cut: int | str = Field("shallow", description="a number of units or a named cut")

@@ -1,7 +1,6 @@
 """The client side of split learning."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +10,13 @@ from torch import nn
 from masksl import model
 from masksl.compress import decode, kept_positions
 from masksl.dataset import DATASETS
-from masksl.methods.client import MODEL, Client, ClientMethod, Place, place_of
+from masksl.methods.client import Client, ClientMethod, Place, place_of
 from masksl.methods.split import SplitConfig
+from masksl.methods.split.client_half import SteppedHalf, half_of, own_state
 from masksl.methods.split.messages import (
     ACTIVATION,
     BACKWARD,
+    COLLECT,
     EVALUATE,
     FORWARD,
     GRADIENT,
@@ -23,10 +24,8 @@ from masksl.methods.split.messages import (
     label_record,
 )
 from masksl.runtime import messages
-from masksl.settings import Settings, parse, read
+from masksl.settings import Settings, parse
 from masksl.training.network import LocalNetwork
-from masksl.training.optimizer import OptimizerConfig
-from masksl.training.tensors import Tensors
 
 _SENT = "sent"  # record of the frame whose positions its gradient is sent at
 
@@ -93,11 +92,10 @@ GRAPHS = GraphCache()
 
 def forward(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.forward`: the activation of the next mini-batch."""
-    place = place_of(content)
-    shared = _is_shared(client)
-    client.receive(content, shared=shared)
+    place, half = place_of(content), half_of(client)
+    half.receive(content)
     with client.watch("compute"):
-        network = client.network(shared=shared)
+        network = half.network()
         activation, labels = run_forward(client, network, place)
     run_id = client.context.run_id
     GRAPHS.put(run_id, client.number, place, network, _graphs_kept(client))
@@ -110,6 +108,7 @@ def forward(client: Client, content: RecordDict) -> RecordDict:
     reply = _activation_reply(client, frame, labels)
     more = {}
     if place.step == 0:
+        half.joins(reply)
         count = activation.numel()
         decoded = decode(frame, device=activation.device, max_elements=count)
         more["relative_error"] = relative_error(activation, decoded)
@@ -119,13 +118,12 @@ def forward(client: Client, content: RecordDict) -> RecordDict:
 
 def backward(client: Client, content: RecordDict) -> RecordDict:
     """Answer `train.backward`: back-propagate, then step or send gradients up."""
-    place = place_of(content)
-    sync = _config(client).client_sync
+    place, half = place_of(content), half_of(client)
     network = GRAPHS.take(client.context.run_id, client.number, place)
     rebuilt = network is None
     if network is None:
         with client.watch("compute"):
-            network = client.network(shared=_is_shared(client))
+            network = half.network()
             run_forward(client, network, place)
     with client.watch("codec"):
         positions = _gradient_positions(client, network.outputs)
@@ -134,38 +132,33 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
         gradient = decode(frame, device=client.setup.device, max_elements=count)
     with client.watch("compute"):
         gradients = network.backward(gradient, positions)
-    sent: Tensors | None = None
-    if sync == "step":
-        sent = gradients | network.buffers
-        client.state.pop(MODEL, None)  # the next message brings a new one
-    else:
-        settings = messages.place_of(content)
-        with client.watch("compute"):
-            network.step(gradients, client.setup.optimizer, settings["lr"])
-        client.remember(network)
-        if sync == "round" and settings["last"]:
-            sent = network.tensors
-    reply = RecordDict()
-    if sent is not None:
-        with client.watch("codec"):
-            reply[messages.MODEL] = messages.model_record(sent)
+    reply = half.trained(network, gradients, content)
     reply[messages.METRICS] = client.metrics(rebuilt=int(rebuilt))
     return reply
 
 
 def evaluate(client: Client, content: RecordDict) -> RecordDict:
     """Answer `evaluate.forward`: the activation of a batch of test images."""
-    place = place_of(content)
-    shared = _is_shared(client)
-    client.receive(content, shared=shared)
+    place, half = place_of(content), half_of(client)
+    half.receive(content)
     with client.watch("compute"):
         images, labels = client.test_batch(place.step)
-        activation = client.network(shared=shared).evaluate(images)
+        activation = half.network(evaluated=True).evaluate(images)
     with client.watch("codec"):
         frame = client.setup.compressor.encode(
             activation, seed=client.seed("compress.test", place), training=False
         )
     reply = _activation_reply(client, frame, labels)
+    reply[messages.METRICS] = client.metrics()
+    return reply
+
+
+def send_buffers(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `evaluate.buffers`: the buffers of the client's half."""
+    del content
+    half = half_of(client)
+    assert isinstance(half, SteppedHalf)
+    reply = half.send_buffers()
     reply[messages.METRICS] = client.metrics()
     return reply
 
@@ -192,16 +185,12 @@ def client_half(settings: Settings, units: model.Units) -> nn.Module:
     return model.split(units, units_kept)[0]
 
 
-def own_state(settings: Settings) -> Collection[str]:
-    """Return the names of what only the client knows under a ``client_sync``."""
-    sync = settings["client_sync"]
-    if sync == "step":
-        return ()  # the half and its optimiser are the server's
-    names = list(read(OptimizerConfig, settings, "optimizer").states)
-    return [*names, MODEL] if sync == "never" else names
-
-
-HANDLERS = {FORWARD: forward, BACKWARD: backward, EVALUATE: evaluate}
+HANDLERS = {
+    FORWARD: forward,
+    BACKWARD: backward,
+    EVALUATE: evaluate,
+    COLLECT: send_buffers,
+}
 
 CLIENT = ClientMethod(client_half, HANDLERS, own_state)
 
@@ -210,11 +199,6 @@ def _config(client: Client) -> SplitConfig:
     config = client.setup.config
     assert isinstance(config, SplitConfig)
     return config
-
-
-def _is_shared(client: Client) -> bool:
-    """Return whether clients of a process share the tensors of their half."""
-    return _config(client).client_sync == "step"
 
 
 def _graphs_kept(client: Client) -> float:

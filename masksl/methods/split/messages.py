@@ -10,10 +10,14 @@ from masksl.runtime.messages import arrays_of
 FORWARD = "train.forward"
 BACKWARD = "train.backward"
 EVALUATE = "evaluate.forward"
+COLLECT = "evaluate.buffers"
 
 ACTIVATION = "activation"
 GRADIENT = "gradient"
 LABEL = "label"
+UPDATE = "update"
+OPTIMIZER = "optimizer"
+BUFFER = "buffer"
 
 _LABELS = "masksl.labels"
 

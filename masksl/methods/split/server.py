@@ -13,7 +13,6 @@ from masksl import model
 from masksl.dataset import batches
 from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
-from masksl.methods.global_model import GlobalModel
 from masksl.methods.network import initial_units, spec_of
 from masksl.methods.split import SplitConfig
 from masksl.methods.split.halves import ServerHalf
@@ -25,16 +24,17 @@ from masksl.methods.split.messages import (
     GRADIENT,
 )
 from masksl.methods.split.payloads import Payloads
+from masksl.methods.split.sync import HalfSync
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
 from masksl.runtime.ledger import Traffic, compression_factor
-from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.messages import RunError, metrics_of
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings, ThreadsConfig, read
 from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.score import Score
-from masksl.training.tensors import Tensors, average, group, grouped, tensors_of
+from masksl.training.tensors import Tensors, group, grouped
 
 
 @dataclass
@@ -43,7 +43,6 @@ class _Sums:
 
     rebuilt: int = 0
     errors: list[float] = field(default_factory=list)
-    halves: dict[int, Tensors] = field(default_factory=dict)
 
 
 class SplitServer(ServerMethod):
@@ -60,8 +59,8 @@ class SplitServer(ServerMethod):
         Configuration of the run.
     half : ServerHalf
         The half that the server trains.
-    shared : GlobalModel | None
-        The initial client half; None under ``client_sync=never``.
+    sync : HalfSync
+        Keeps the client halves together.
     activation_shape : tuple[int, ...]
         Shape of a sample's activation.
     """
@@ -76,14 +75,14 @@ class SplitServer(ServerMethod):
         self,
         settings: Settings,
         half: ServerHalf,
-        shared: GlobalModel | None,
+        sync: HalfSync,
         activation_shape: tuple[int, ...],
     ) -> None:
         config = method_config(settings)
         assert isinstance(config, SplitConfig)
         self.config = config
         self.half = half
-        self.shared = shared
+        self.sync = sync
         self.run = RunConfig.of(settings)
         self.optimizer = read(OptimizerConfig, settings, "optimizer")
         self.payloads = Payloads(settings, activation_shape, half.device)
@@ -97,10 +96,6 @@ class SplitServer(ServerMethod):
         client, server = model.split(initial_units(settings), _cut(settings))
         device = resolve_device(run.device)
         client.to(device)
-        shared = None
-        if settings["client_sync"] != "never":
-            parameters = [name for name, _ in client.named_parameters()]
-            shared = GlobalModel(tensors_of(client), parameters)
         half = ServerHalf(
             server.to(device),
             read(OptimizerConfig, settings, "optimizer"),
@@ -109,7 +104,7 @@ class SplitServer(ServerMethod):
         )
         spec = spec_of(settings)
         shape = model.activation_shape(client, spec.channels, spec.size, device)
-        return cls(settings, half, shared, shape)
+        return cls(settings, half, HalfSync(settings, client), shape)
 
     # --- training ---------------------------------------------------------------------
 
@@ -124,6 +119,7 @@ class SplitServer(ServerMethod):
     def steps(self, round_: Round) -> int:
         """Begin a round; it has as many steps as its longest client."""
         self._sums = _Sums()
+        self.sync.begin()
         return max(map(self.train_steps, round_.clients))
 
     def run_step(self, round_: Round, step: int) -> float | None:
@@ -132,9 +128,11 @@ class SplitServer(ServerMethod):
         clients = round_.active(remaining)
         sent = {c.number: self._request(round_, c, step) for c in clients}
         for client in clients:
-            self._attach_model(round_, client, sent[client.number], step)
+            self.sync.attach(round_, client, sent[client.number], step)
         label = self.payloads.compressor
         replies = round_.exchange(FORWARD, sent, step=step, label=label)
+        if not step:
+            self.sync.compare(round_, replies)
         clients = [c for c in clients if c.number in replies]
         if not clients:
             return None
@@ -161,15 +159,14 @@ class SplitServer(ServerMethod):
             raise RunError(f"{round_.place(step)}: loss not finite")
         label = self.payloads.gradient_compressor
         replies = round_.exchange(BACKWARD, sent, step=step, label=label, full=full)
-        self._collect(round_, replies, sizes, step)
+        for content in replies.values():
+            self._sums.rebuilt += metrics_of(content)["rebuilt"]
+        self.sync.collect(round_, replies, sizes, step)
         return loss
 
     def finish(self, round_: Round) -> None:
-        """Average the halves sent up in a round, weighted by samples."""
-        halves = dict(sorted(self._sums.halves.items()))
-        if halves and self.shared is not None:
-            weights = [round_.manager.clients[n].train_samples for n in halves]
-            self.shared.replace(average(list(halves.values()), weights))
+        """Average the halves sent up in a round."""
+        self.sync.finish(round_)
 
     def _request(self, round_: Round, client: ClientInfo, step: int) -> RecordDict:
         """Return a message with its place in the run."""
@@ -180,15 +177,6 @@ class SplitServer(ServerMethod):
             "last": step == self.train_steps(client) - 1,
         }
         return RecordDict({messages.PLACE: ConfigRecord(place)})
-
-    def _attach_model(
-        self, round_: Round, client: ClientInfo, content: RecordDict, step: int
-    ) -> None:
-        """Add the shared half to a message if the client lacks this version."""
-        if self.shared is not None:
-            place = round_.place(step, label="client half")
-            with ends_run(place), round_.watch("codec"):
-                self.shared.attach(content, client)
 
     def _train_half(
         self,
@@ -218,49 +206,13 @@ class SplitServer(ServerMethod):
         round_.add_loss(loss, sum(map(len, labels)))
         return gradients, loss
 
-    def _collect(
-        self,
-        round_: Round,
-        replies: Mapping[int, RecordDict],
-        sizes: Mapping[int, int],
-        step: int,
-    ) -> None:
-        """Collect what clients sent up with their replies to `train.backward`.
-
-        Parameters
-        ----------
-        round_ : Round
-            The current round.
-        replies : Mapping[int, RecordDict]
-            Replies by client.
-        sizes : Mapping[int, int]
-            Samples of this step by client.
-        step : int
-            Step within the round.
-        """
-        received: dict[int, Tensors] = {}
-        for number, content in replies.items():
-            self._sums.rebuilt += metrics_of(content)["rebuilt"]
-            if self.shared is None:
-                continue
-            place = round_.place(step, number, "client half")
-            with ends_run(place), round_.watch("codec"):
-                half = messages.model_of(content, self.shared.tensors)
-            if half is not None:
-                received[number] = half
-        if self.config.client_sync == "round":
-            self._sums.halves |= received
-        elif received and self.shared is not None:
-            samples = [sizes[number] for number in received]
-            mean = average(list(received.values()), samples)
-            self.shared.step(mean, self.optimizer, round_.lr_at(step))
-
     # --- evaluation -------------------------------------------------------------------
 
     def evaluate(self, round_: Round) -> Score:
         """Score the test set; each client sends its shard through its half."""
         score = Score()
         every = round_.manager.clients
+        self.sync.average_buffers(round_)
         for step in range(max(map(self.test_steps, every))):
             remaining = [c for c in every if step < self.test_steps(c)]
             score += self._evaluate_step(round_, remaining, step)
@@ -276,7 +228,9 @@ class SplitServer(ServerMethod):
         clients = round_.active(clients, EVALUATION)
         sent = {c.number: self._request(round_, c, step) for c in clients}
         for client in clients:
-            self._attach_model(round_, client, sent[client.number], step)
+            self.sync.attach(round_, client, sent[client.number], step)
+            if not step:
+                self.sync.attach_buffers(sent[client.number])
         label = self.payloads.compressor
         replies = round_.exchange(EVALUATE, sent, step=step, label=label)
         score = Score()
@@ -295,25 +249,19 @@ class SplitServer(ServerMethod):
         tensors, optimizer_state = self.half.state()
         groups = {"server": tensors}
         groups |= {f"server.{name}": own for name, own in optimizer_state.items()}
-        facts = {}
-        if self.shared is not None:
-            groups |= self.shared.state()
-            facts["version"] = self.shared.version
-        return State(grouped(groups), facts)
+        groups |= self.sync.state()
+        return State(grouped(groups), dict(self.sync.facts()))
 
     def load(self, state: State) -> None:
         """Restore what `state` returned."""
         names = self.optimizer.states
         optimizer_state = {n: group(state.tensors, f"server.{n}") for n in names}
         self.half.load(group(state.tensors, "server"), optimizer_state)
-        if self.shared is not None:
-            self.shared.load(state.tensors, state.facts["version"])
+        self.sync.load(state.tensors, state.facts)
 
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
         """Return the shared half for a client that had its current version."""
-        if self.shared is None or client.version != self.shared.version:
-            return {}
-        return {messages.MODEL: self.shared.record()}
+        return self.sync.client_records(client)
 
     def metrics(self, round_: Round) -> dict[str, Any]:
         """Return the error and compression of activations, and rebuilt graphs."""

@@ -23,7 +23,6 @@ from masksl.methods.sasg.client import (
 )
 from masksl.methods.sasg.messages import (
     BUFFERS,
-    DIGEST,
     SKIP,
     THRESHOLD,
     TRAIN,
@@ -33,7 +32,7 @@ from masksl.methods.sasg.messages import (
 from masksl.methods.sasg.server import _rate_before
 from masksl.methods.sasg.vectors import Layout, squared_norm
 from masksl.runtime.compressors import EXACT
-from masksl.runtime.messages import MODEL, PLACE, RunError
+from masksl.runtime.messages import DIGEST, MODEL, PLACE, RunError
 from masksl.runtime.round import Round
 from masksl.training.schedule import Rates, ScheduleConfig
 from masksl.utils import derive_seed
