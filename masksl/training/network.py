@@ -106,9 +106,9 @@ class LocalNetwork:
         return self._output.detach()
 
     @property
-    def outputs(self) -> int:
-        """Number of elements of the output whose graph is kept, 0 without one."""
-        return 0 if self._output is None else self._output.numel()
+    def output_shape(self) -> torch.Size:
+        """Shape of the output whose graph is kept, of no elements without one."""
+        return torch.Size([0]) if self._output is None else self._output.shape
 
     def computing(self) -> AbstractContextManager[None]:
         """Return the context of other computations on its tensors."""

@@ -126,10 +126,13 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
             network = half.network()
             run_forward(client, network, place)
     with client.watch("codec"):
-        positions = _gradient_positions(client, network.outputs)
-        count = network.outputs if positions is None else positions.numel()
+        shape = network.output_shape
+        positions = _gradient_positions(client, shape.numel())
+        count = shape.numel() if positions is None else positions.numel()
         frame = messages.frame_of(content, GRADIENT)
         gradient = decode(frame, device=client.setup.device, max_elements=count)
+        if positions is None and gradient.shape == (*shape[:2], 1, 1):
+            gradient = gradient.expand(shape)  # one element of each map was sent
     with client.watch("compute"):
         gradients = network.backward(gradient, positions)
     reply = half.trained(network, gradients, content)

@@ -7,7 +7,7 @@ from masksl.compress import FrameError, decode, kept_positions
 from masksl.dataset import DATASETS
 from masksl.methods.split.messages import ACTIVATION, labels_of
 from masksl.runtime import messages
-from masksl.runtime.compressors import compressor_of
+from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.messages import ends_run
 from masksl.runtime.round import Round
 from masksl.settings import Settings
@@ -112,8 +112,37 @@ class Payloads:
     def encode_gradient(
         self, round_: Round, client: int, gradient: torch.Tensor, step: int
     ) -> ArrayRecord:
-        """Encode the gradient of a client."""
+        """Encode the gradient of a client.
+
+        If all elements of every map are equal, as before an average over maps, one of
+        each is sent exactly, unless the compressed gradient is smaller.
+        """
         with ends_run(round_.place(step, client, self.gradient_compressor)):
             seed = round_.seed("compress.gradient", client, step)
             with round_.watch("codec"):
-                return messages.frame_record(self._encoder.encode(gradient, seed=seed))
+                maps = one_of_each_map(gradient)
+                frames = [] if maps is None else [EXACT.encode(maps)]
+                if maps is None or self._encoder != EXACT:
+                    frames.append(self._encoder.encode(gradient, seed=seed))
+                return messages.frame_record(min(frames, key=len))
+
+
+def one_of_each_map(gradient: torch.Tensor) -> torch.Tensor | None:
+    """Return one element of each map, shape (B, C, 1, 1), if all others are equal.
+
+    Parameters
+    ----------
+    gradient : torch.Tensor
+        Shape (B, C, H, W).
+
+    Returns
+    -------
+    torch.Tensor | None
+        None if they are not, if maps have one element, or if there are none.
+    """
+    if gradient.dim() != 4 or gradient[0, 0].numel() == 1:
+        return None
+    maps = gradient[..., :1, :1]
+    if not torch.equal(gradient[:1], maps[:1].expand_as(gradient[:1])):
+        return None  # the first sample shows it nearly always
+    return maps if torch.equal(gradient, maps.expand_as(gradient)) else None

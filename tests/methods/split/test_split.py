@@ -18,6 +18,7 @@ from masksl.methods.client import Client, Place
 from masksl.methods.split import client as split_client
 from masksl.methods.split.client import GRAPHS, GraphCache
 from masksl.methods.split.halves import ServerHalf
+from masksl.methods.split.payloads import one_of_each_map
 from masksl.runtime.round import Round
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig
@@ -453,3 +454,62 @@ def test_evaluating_more_often_changes_no_training(sync: str) -> None:
         }
         sent, more_sent = (r["bytes"]["evaluation"]["up"] for r in (row, more))
         assert more_sent["label"] == 3 * sent["label"]
+
+
+@pytest.fixture
+def pooled_cnn() -> Any:
+    """Register a network whose second cut lies before the average over maps."""
+
+    def build(classes: int, channels: int) -> model.Units:
+        convolution = nn.Sequential(nn.Conv2d(channels, 6, 3, 1, 1), nn.ReLU())
+        head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes)
+        )
+        return [convolution, nn.Identity(), head]
+
+    model.ARCHITECTURES["pooled_cnn"] = model.Architecture(build, 3, {}, (), (1,))
+    yield
+    del model.ARCHITECTURES["pooled_cnn"]
+
+
+POOLED = (
+    *("model.name=pooled_cnn", "cut=2", "clients=2", "dataset.limit=48", "rounds=2"),
+    *("batch_size=8", "dataset.test_limit=8", "threads.server=1", "compressor=none"),
+)
+
+
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_one_value_of_each_map_is_the_whole_gradient(
+    sync: str, pooled_cnn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = train(*POOLED, f"client_sync={sync}")
+    size = len(compress.make("none").encode(torch.zeros(8, 6, 1, 1)))
+    assert found.traffic.bytes("gradient") == 2 * 2 * 3 * size
+    assert found.traffic.dense("gradient") == 2 * 2 * 3 * 4 * 8 * 6 * 64
+    monkeypatch.setattr("masksl.methods.split.payloads.one_of_each_map", lambda _: None)
+    whole = train(*POOLED, f"client_sync={sync}")
+    assert whole.traffic.bytes("gradient") > 40 * found.traffic.bytes("gradient")
+    assert whole.losses == found.losses
+    for key, tensor in whole_state(whole).items():
+        assert torch.equal(whole_state(found)[key], tensor), key
+
+
+def test_a_compressor_that_is_smaller_than_one_value_of_each_map_is_taken(
+    pooled_cnn: None,
+) -> None:
+    coarse = ("gradient_compressor=ec", "gradient_compressor.error=0.9")
+    assert train(*POOLED, *coarse).traffic.bytes("gradient") < train(
+        *POOLED
+    ).traffic.bytes("gradient")
+
+
+def test_maps_that_are_constant_are_found() -> None:
+    maps = torch.randn(3, 4, 1, 1)
+    constant = maps.expand(3, 4, 5, 6).clone()
+    found = one_of_each_map(constant)
+    assert found is not None and torch.equal(found, maps)
+    for place in ((0, 0, 0, 1), (2, 3, 4, 5)):
+        other = constant.clone()
+        other[place] += 1e-6
+        assert one_of_each_map(other) is None
+    assert one_of_each_map(maps) is None and one_of_each_map(maps[..., 0]) is None
