@@ -148,6 +148,10 @@ def check(settings: Mapping[str, Value]) -> None:
     compressors = {slot: compressor_of(settings, slot) for slot in COMPRESSOR_GROUPS}
     _check_model(settings)
     method = method_config(settings)
+    if "traffic" in settings and not hasattr(method, "traffic"):
+        name = settings["method.name"]
+        allowed = f"left out with method={name}, which has other payloads than split"
+        raise ConfigError.of("traffic", settings["traffic"], allowed)
     for slot in method.unused_slots:
         _check_unused(settings, slot, compressors[slot])
     for key, (value, reason) in method.fixed.items():
@@ -200,7 +204,8 @@ def check_resume(
     free: tuple[str, ...] = _FREE_ON_RESUME
     for slot in COMPRESSOR_GROUPS:  # options that came later
         saved = default_options(saved, slot) | dict(saved)
-    saved = EARLIER | dict(saved)
+    earlier = {key: value for key, value in EARLIER.items() if key in settings}
+    saved = earlier | dict(saved)
     schedule = read(ScheduleConfig, settings, "schedule")
     depends = schedule.depends_on_rounds or method_config(settings).depends_on_rounds
     if not depends and int(settings["rounds"]) >= done:

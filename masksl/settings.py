@@ -20,7 +20,11 @@ Settings = dict[str, Value]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-EARLIER: Settings = {"method.name": "split", "model.stem_stride": 1}
+EARLIER: Settings = {
+    "method.name": "split",
+    "model.stem_stride": 1,
+    "traffic": "null",
+}
 """What holds for runs from the time before these keys."""
 
 

@@ -198,6 +198,13 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
             ("model=resnet18", "dataset=cifar10", "model.stem_stride=2"),
             "model.stem_stride=2: must be 1, or 2 with model.name=resnet8",
         ),
+        *(
+            (
+                (f"method={name}", "traffic=compact"),
+                f"traffic='compact': must be left out with method={name}, which",
+            )
+            for name in ("fedavg", "fedpm", "flash", "sasg")
+        ),
         (
             ("engine=flower", "engine.cpus_per_client=4096"),
             "engine.cpus_per_client=4096.0: must be at most",
@@ -309,25 +316,47 @@ def test_every_field_says_what_is_allowed() -> None:
 def test_the_method_precedes_groups_and_the_command_line_follows(
     tmp_path: Path,
 ) -> None:
-    """Precedence: base < method < federation < experiment < command line."""
-    for group, value in (("method", 1), ("federation", 2), ("experiment", 3)):
+    """Precedence: base < method < traffic < federation < experiment < command line."""
+    own = "method: {name: split}\ncut: 2\nclient_sync: step\n"
+    own += "gradient_positions: all\ntraffic: null\n"
+    # by group: rounds, the compressor that it chooses, and more
+    files = {
+        "method": (1, "sp", own),
+        "traffic": (2, "rt", "traffic: paper\n"),
+        "federation": (3, "", ""),
+        "experiment": (4, "fp", ""),
+    }
+    for group, (value, compressor, more) in files.items():
+        override = f"defaults:\n  - override /compressor: {compressor}\n"
+        text = f"# @package _global_\n{override if compressor else ''}"
+        text += f"rounds: {value}\n{more}"
         (tmp_path / group).mkdir()
-        override = "defaults:\n  - override /compressor: sp\n" if value == 1 else ""
-        text = f"# @package _global_\n{override}rounds: {value}\n"
-        if value == 1:
-            text += "method: {name: split}\ncut: 2\nclient_sync: step\n"
-            text += "gradient_positions: all\n"
         (tmp_path / group / "other.yaml").write_text(text, encoding="utf-8")
     path = f"hydra.searchpath=[file://{tmp_path}]"
     layers: list[str] = []
-    for expected, layer in enumerate(
-        ("method=other", "federation=other", "experiment=other", "rounds=4")
-    ):
-        layers.append(layer)
+    expected = ["sp", "rt", "rt", "fp"]
+    for number, group in enumerate(files):
+        layers.append(f"{group}=other")
         settings = settings_of(path, *reversed(layers))
-        assert settings["compressor.name"] == "sp"
-        assert settings["rounds"] == expected + 1
-    assert settings_of(path, *layers, "compressor=qu")["compressor.name"] == "qu"
+        assert settings["rounds"] == number + 1
+        assert settings["compressor.name"] == expected[number]
+    settings = settings_of(path, *layers, "compressor=qu", "rounds=5")
+    assert (settings["compressor.name"], settings["rounds"]) == ("qu", 5)
+
+
+def test_traffic_sets_all_compressors_and_the_command_line_wins() -> None:
+    slots = ("compressor", "gradient_compressor", "model_compressor")
+
+    def names(*overrides: str) -> list[Any]:
+        settings = settings_of(*overrides)
+        return [settings["traffic"], *(settings[f"{slot}.name"] for slot in slots)]
+
+    assert names() == ["null", "ms", "none", "none"]
+    assert names("traffic=paper") == ["paper", "ms", "none", "none"]
+    assert names("traffic=compact") == ["compact", "ec", "ec", "ec"]
+    assert names("traffic=compact", "model_compressor=none", "compressor=qu") == [
+        *("compact", "qu", "ec", "none"),
+    ]
 
 
 def test_overrides_are_the_only_key_under_flwr_run() -> None:

@@ -23,9 +23,13 @@ class SplitConfig(Section):
     gradient_positions : str
         Positions at which a gradient is sent: ``all``, or ``kept``, those that the
         frame of its activation kept.
+    traffic : str | None
+        Preset that the compressors of all three slots come from, unless they are given.
     """
 
-    top_level: ClassVar[tuple[str, ...]] = ("cut", "client_sync", "gradient_positions")
+    top_level: ClassVar[tuple[str, ...]] = (
+        *("cut", "client_sync", "gradient_positions", "traffic"),
+    )
 
     name: Literal["split"] = Field("split", description="split")
     cut: int | str = Field("shallow", description="a number of units or a named cut")
@@ -34,4 +38,7 @@ class SplitConfig(Section):
     )
     gradient_positions: Literal["all", "kept"] = Field(
         "all", description="one of all, kept"
+    )
+    traffic: Literal["paper", "compact"] | None = Field(
+        None, description="null, paper or compact"
     )
