@@ -17,10 +17,14 @@ from masksl.methods.split.messages import (
     ACTIVATION,
     BACKWARD,
     COLLECT,
+    ERROR,
     EVALUATE,
+    EXACT_GRADIENT,
     FORWARD,
     GRADIENT,
     LABEL,
+    MEASURE,
+    WEIGHT_ERROR,
     label_record,
 )
 from masksl.runtime import messages
@@ -126,18 +130,44 @@ def backward(client: Client, content: RecordDict) -> RecordDict:
             network = half.network()
             run_forward(client, network, place)
     with client.watch("codec"):
-        shape = network.output_shape
-        positions = _gradient_positions(client, shape.numel())
-        count = shape.numel() if positions is None else positions.numel()
-        frame = messages.frame_of(content, GRADIENT)
-        gradient = decode(frame, device=client.setup.device, max_elements=count)
-        if positions is None and gradient.shape == (*shape[:2], 1, 1):
-            gradient = gradient.expand(shape)  # one element of each map was sent
+        gradient, positions = _received(client, content, network.output_shape)
     with client.watch("compute"):
         gradients = network.backward(gradient, positions)
     reply = half.trained(network, gradients, content)
     reply[messages.METRICS] = client.metrics(rebuilt=int(rebuilt))
     return reply
+
+
+def measure(client: Client, content: RecordDict) -> RecordDict:
+    """Answer `query.gradient`: what the coding of a gradient changes.
+
+    The gradient as it will be sent and the exact one go through the half of the same
+    step. Nothing is stepped or remembered.
+    """
+    place, half = place_of(content), half_of(client)
+    given: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    for kind in (EXACT_GRADIENT, GRADIENT):
+        network = half.network()
+        run_forward(client, network, place)
+        shape = network.output_shape
+        if kind == GRADIENT:
+            gradient, positions = _received(client, content, shape)
+        else:
+            frame, positions = messages.frame_of(content, kind), None
+            device, count = client.setup.device, shape.numel()
+            gradient = decode(frame, device=device, max_elements=count)
+        own = network.backward(gradient, positions)
+        weights.append(torch.cat([tensor.reshape(-1) for tensor in own.values()]))
+        if positions is not None:
+            values, gradient = gradient, torch.zeros(shape, device=gradient.device)
+            gradient.view(-1)[positions] = values
+        given.append(gradient)
+    errors = {
+        ERROR: relative_error(given[0], given[1]),
+        WEIGHT_ERROR: relative_error(weights[0], weights[1]),
+    }
+    return RecordDict({messages.METRICS: client.metrics(**errors)})
 
 
 def evaluate(client: Client, content: RecordDict) -> RecordDict:
@@ -193,6 +223,7 @@ HANDLERS = {
     BACKWARD: backward,
     EVALUATE: evaluate,
     COLLECT: send_buffers,
+    MEASURE: measure,
 }
 
 CLIENT = ClientMethod(client_half, HANDLERS, own_state)
@@ -208,6 +239,29 @@ def _graphs_kept(client: Client) -> float:
     """Return how many graphs a process keeps at most."""
     value = client.setup.settings.get("engine.clients_in_flight", "null")
     return parse(value, int | None) or math.inf
+
+
+def _received(
+    client: Client, content: RecordDict, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradient of a message and its positions, None if it has all.
+
+    Parameters
+    ----------
+    client : Client
+        The client.
+    content : RecordDict
+        Content of the message.
+    shape : torch.Size
+        Shape of the activation.
+    """
+    positions = _gradient_positions(client, shape.numel())
+    count = shape.numel() if positions is None else positions.numel()
+    frame = messages.frame_of(content, GRADIENT)
+    gradient = decode(frame, device=client.setup.device, max_elements=count)
+    if positions is None and gradient.shape == (*shape[:2], 1, 1):
+        gradient = gradient.expand(shape)  # one element of each map was sent
+    return gradient, positions
 
 
 def _gradient_positions(client: Client, elements: int) -> torch.Tensor | None:

@@ -11,13 +11,18 @@ FORWARD = "train.forward"
 BACKWARD = "train.backward"
 EVALUATE = "evaluate.forward"
 COLLECT = "evaluate.buffers"
+MEASURE = "query.gradient"
 
 ACTIVATION = "activation"
 GRADIENT = "gradient"
+EXACT_GRADIENT = "gradient.exact"
 LABEL = "label"
 UPDATE = "update"
 OPTIMIZER = "optimizer"
 BUFFER = "buffer"
+
+# Measurements: relative errors of a gradient, and of the client half's weight gradient.
+ERROR, WEIGHT_ERROR = "gradient_error", "weight_gradient_error"
 
 _LABELS = "masksl.labels"
 

@@ -43,10 +43,16 @@ class Payloads:
         self.compressor = f"compressor {settings['compressor.name']}"
         name = settings["gradient_compressor.name"]
         self.gradient_compressor = f"gradient_compressor {name}"
+        self._at_kept = settings["gradient_positions"] == "kept"
         self._encoder = compressor_of(settings, "gradient_compressor")
         self._shape = torch.Size(activation_shape)
         self._classes = DATASETS[str(settings["dataset.name"])].classes
         self._device = device
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether gradients are not sent as they are."""
+        return self._encoder != EXACT or self._at_kept
 
     # pylint: disable-next=too-many-arguments,too-many-positional-arguments
     def decode(

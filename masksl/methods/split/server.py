@@ -19,14 +19,19 @@ from masksl.methods.split.halves import ServerHalf
 from masksl.methods.split.messages import (
     ACTIVATION,
     BACKWARD,
+    ERROR,
     EVALUATE,
+    EXACT_GRADIENT,
     FORWARD,
     GRADIENT,
+    MEASURE,
+    WEIGHT_ERROR,
 )
 from masksl.methods.split.payloads import Payloads
 from masksl.methods.split.sync import HalfSync
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
+from masksl.runtime.compressors import EXACT
 from masksl.runtime.ledger import Traffic, compression_factor
 from masksl.runtime.messages import RunError, metrics_of
 from masksl.runtime.round import Round
@@ -43,6 +48,7 @@ class _Sums:
 
     rebuilt: int = 0
     errors: list[float] = field(default_factory=list)
+    gradients: dict[str, float] = field(default_factory=dict)
 
 
 class SplitServer(ServerMethod):
@@ -142,6 +148,7 @@ class SplitServer(ServerMethod):
             c.number: {GRADIENT: g.numel()}
             for c, g in zip(clients, gradients, strict=True)
         }
+        exact = [] if step else list(gradients)
         if self.config.gradient_positions == "kept":
             for i, client in enumerate(clients):
                 reply = replies[client.number]
@@ -154,7 +161,9 @@ class SplitServer(ServerMethod):
             content[GRADIENT] = self.payloads.encode_gradient(
                 round_, client.number, gradient, step
             )
-        del gradients  # as large as all frames of `none` together
+        if self.payloads.changes_gradients and exact:
+            self._measure(round_, sent, exact)
+        del gradients, exact  # as large as all frames of `none` together
         if not math.isfinite(loss):
             raise RunError(f"{round_.place(step)}: loss not finite")
         label = self.payloads.gradient_compressor
@@ -177,6 +186,33 @@ class SplitServer(ServerMethod):
             "last": step == self.train_steps(client) - 1,
         }
         return RecordDict({messages.PLACE: ConfigRecord(place)})
+
+    def _measure(
+        self,
+        round_: Round,
+        sent: Mapping[int, RecordDict],
+        exact: Sequence[torch.Tensor],
+    ) -> None:
+        """Have clients measure what the coding of their gradients changes.
+
+        Parameters
+        ----------
+        round_ : Round
+            The current round, in its first step.
+        sent : Mapping[int, RecordDict]
+            By client, the message with its gradient.
+        exact : Sequence[torch.Tensor]
+            Their gradients, in the same order.
+        """
+        asked = {}
+        for (number, content), gradient in zip(sent.items(), exact, strict=True):
+            frame = messages.frame_record(EXACT.encode(gradient))
+            asked[number] = RecordDict({**content, EXACT_GRADIENT: frame})
+        place = f"{round_.place(0)}, {MEASURE}"
+        found = round_.manager.query(MEASURE, asked, place).values()
+        for name in (ERROR, WEIGHT_ERROR):
+            errors = [float(metrics_of(content)[name]) for content in found]
+            self._sums.gradients[name] = sum(errors) / len(errors)
 
     def _train_half(
         self,
@@ -264,9 +300,13 @@ class SplitServer(ServerMethod):
         return self.sync.client_records(client)
 
     def metrics(self, round_: Round) -> dict[str, Any]:
-        """Return the error and compression of activations, and rebuilt graphs."""
+        """Return error and compression of activations and gradients, rebuilt graphs."""
         traffic, errors = round_.manager.ledger.round, self._sums.errors
-        return {
+        gradients: dict[str, Any] = dict(self._sums.gradients)
+        if gradients:
+            sent, dense = traffic.bytes(GRADIENT), traffic.dense(GRADIENT)
+            gradients["gradient_bits"] = 32 * sent / dense
+        return gradients | {
             "relative_error": sum(errors) / len(errors) if errors else None,
             "compression_factor": compression_factor(
                 traffic.dense(ACTIVATION), traffic.bytes(ACTIVATION)

@@ -342,6 +342,8 @@ def test_gradients_at_all_positions_are_whole_gradients(name: str, sync: str) ->
     for row, other in zip(kept.rows, whole.rows, strict=True):
         for changed in ("bytes", "link_seconds", *TIMED):
             del row[changed], other[changed]
+        assert row.pop("gradient_error") == row.pop("weight_gradient_error") == 0
+        assert row.pop("gradient_bits") == pytest.approx(32, rel=1e-2)
         assert row == other
     for number in range(3):
         ours, theirs = (run.client_tensors(number) for run in (kept, whole))
@@ -513,3 +515,43 @@ def test_maps_that_are_constant_are_found() -> None:
         other[place] += 1e-6
         assert one_of_each_map(other) is None
     assert one_of_each_map(maps) is None and one_of_each_map(maps[..., 0]) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("gradient_compressor=ec_unbiased",),
+        ("gradient_compressor=qu", "client_sync=step"),
+        ("compressor=sp", "gradient_positions=kept"),
+    ],
+    ids=str,
+)
+def test_errors_of_gradients_are_measured_and_change_nothing(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ("rounds=2", "clients=3", "dataset.limit=90", "cut=medium", *options)
+    found = train(*job)
+    names = ("gradient_error", "weight_gradient_error", "gradient_bits")
+    for row in found.rows:
+        assert 0 < row["gradient_error"] < 1.5 and 0 < row["weight_gradient_error"]
+        assert 0 < row["gradient_bits"] < 32
+    monkeypatch.setattr("masksl.methods.split.server.SplitServer._measure", nothing)
+    without = train(*job)
+    rows = [
+        [{k: v for k, v in row.items() if k not in names} for row in untimed(run.rows)]
+        for run in (found, without)
+    ]
+    assert rows[0] == rows[1] and found.losses == without.losses
+    assert all(name not in row for row in without.rows for name in names)
+
+
+def nothing(*_: Any) -> None:
+    """Do nothing."""
+
+
+def test_a_gradient_that_is_sent_exactly_has_no_error() -> None:
+    job = ("rounds=1", "clients=2", "dataset.limit=60", "compressor=sp")
+    whole = (*job, "compressor.sparsity=0", "gradient_positions=kept")
+    row = train(*whole).rows[0]
+    assert row["gradient_error"] == row["weight_gradient_error"] == 0
+    assert "gradient_error" not in train(*job).rows[0]
