@@ -169,7 +169,7 @@ def refusal(
         ("dataset=nosuch", "dataset=nosuch: must be one of cifar10, cifar100, "),
         ("task=nosuch", "task=nosuch: must be one of fast_cifar10, "),
         ("federation=nosuch", "federation=nosuch: must be one of paper, public_code"),
-        ("experiment=nosuch", "experiment=nosuch: must be one of cifar10_compressors"),
+        ("experiment=nosuch", "experiment=nosuch: must be one of both_ways"),
         ("hydra/launcher=nosuch", "hydra/launcher=nosuch: must be one of basic, proc"),
         ("+x", "'+x': must be KEY=VALUE, +KEY=VALUE or ~KEY, with quotes"),
         ("rounds", "'rounds': must be KEY=VALUE, +KEY=VALUE or ~KEY"),

@@ -19,6 +19,7 @@ from masksl.report.plot import plot
 from masksl.report.runs import runs
 from masksl.report.table1 import table1
 from masksl.report.tables import ReportError
+from masksl.report.traffic import traffic
 from masksl.report.uploads import uploads
 from masksl.runtime.folder import FolderError, write_whole
 from masksl.runtime.results import collect
@@ -32,6 +33,7 @@ REPORTS: dict[str, Callable[..., dict[str, str]]] = {
     "uploads": uploads,
     "bitrate": bitrate,
     "flash": flash,
+    "traffic": traffic,
 }
 PLOT = "plot"
 # Options that one report alone has, by its name.

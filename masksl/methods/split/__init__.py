@@ -39,6 +39,6 @@ class SplitConfig(Section):
     gradient_positions: Literal["all", "kept"] = Field(
         "all", description="one of all, kept"
     )
-    traffic: Literal["paper", "compact"] | None = Field(
-        None, description="null, paper or compact"
+    traffic: Literal["exact", "paper", "compact"] | None = Field(
+        None, description="null, exact, paper or compact"
     )
