@@ -6,6 +6,7 @@ which nothing is compressed: accuracies by paired differences, bytes by their fa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -164,7 +165,7 @@ def _table(lines: Lines[_Run]) -> str:
         row.append(MISSING if name == EXACT else _points(several, exact))
         for kind in (*KINDS, "everything"):
             row.append(with_spread([run.sent[kind] / 1e6 for run in several], ".2f"))
-        row.append(cell(several, ".1f", lambda run, own=exact: _factor(run, own)))
+        row.append(cell(several, ".1f", partial(_factor, exact=exact)))
         rows.append(row)
     return markdown([*head, "times less"], rows)
 
