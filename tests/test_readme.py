@@ -85,8 +85,10 @@ def jobs(overrides: list[str]) -> list[list[str]]:
         return [fixed]
     with initialize_config_dir(str(CONF), version_base=None):
         sweep = compose("base", overrides=fixed, return_hydra_config=True)
+    given = {o.get_key_element() for o in parsed}  # the command line wins
     for key, text in (sweep.hydra.sweeper.params or {}).items():
-        values.setdefault(key, str(text).split(","))
+        if key not in given:
+            values[key] = str(text).split(",")
     number = max(map(len, values.values()))
     return [
         [*fixed, *(f"{key}={some[i % len(some)]}" for key, some in values.items())]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from masksl.bench import activations, coding, compress, masks, pruning, sets
+from masksl.bench import activations, coding, compress, masks, pictures, pruning, sets
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
@@ -42,6 +42,11 @@ def main() -> None:
     coded.add_argument("--run", type=Path, required=True, help="folder of the run")
     coded.add_argument("--base", type=Path, help="another checkout, timed in turn")
     coded.add_argument("--repeats", type=int, default=5, help="processes of each")
+
+    pictured = commands.add_parser(
+        "pictures", help="ec beside picture coders, on a run's activations"
+    )
+    pictured.add_argument("--run", type=Path, required=True, help="folder of the run")
 
     kept = commands.add_parser("masks", help="FedPM's masks and votes, by each code")
     kept.add_argument("--repeats", type=int, default=5, help="times each is timed")
@@ -83,11 +88,12 @@ def main() -> None:
     )
     engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
 
-    for command in (speed, together, kept, pruned, targets, curves):
+    for command in (speed, together, pictured, kept, pruned, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
-    for command in (speed, together, coded, kept, pruned, targets, curves, engines):
+    every = (speed, together, coded, pictured, kept, pruned, targets, curves, engines)
+    for command in every:
         command.add_argument("--json", help="file to write, default bench_NAME.json")
-    for command in (coded, targets, curves, engines):
+    for command in (coded, pictured, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
     arguments = parser.parse_args()
     if getattr(arguments, "device", "cpu") == "cuda" and not torch.cuda.is_available():
@@ -119,6 +125,9 @@ def run(arguments: argparse.Namespace) -> None:
             given = arguments.run, arguments.root, arguments.base, arguments.repeats
             result |= coding.measure(*given)
             coding.show(result)
+        case "pictures":
+            result |= pictures.measure(arguments.run, arguments.root)
+            pictures.show(result)
         case "masks":
             result["rows"] = masks.measure(arguments.repeats)
             masks.show(result["rows"])

@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
-def frames_of(run: Path, root: str) -> tuple[dict[str, list[torch.Tensor]], Row]:
+def frames_of(
+    run: Path, root: str, *, augmented: bool = False
+) -> tuple[dict[str, list[torch.Tensor]], Row]:
     """Return frames of activations by cut, and facts of the network.
 
     Parameters
@@ -41,6 +43,9 @@ def frames_of(run: Path, root: str) -> tuple[dict[str, list[torch.Tensor]], Row]
         Folder of a run with a checkpoint, see `masksl.bench.activations.trained`.
     root : str
         Folder of the data sets.
+    augmented : bool
+        Whether they are those of training images, augmented as in training, and not of
+        test images.
     """
     # Imported here: a process that times has the package of another checkout.
     # pylint: disable=import-outside-toplevel
@@ -52,7 +57,11 @@ def frames_of(run: Path, root: str) -> tuple[dict[str, list[torch.Tensor]], Row]
     units, facts = trained(run)
     settings = facts["settings"]
     data = load(DatasetConfig(name=settings["dataset.name"], root=root))
-    images, _ = data.test_batch(torch.arange(FRAMES * SAMPLES))
+    indices = torch.arange(FRAMES * SAMPLES)
+    if augmented:
+        images, _ = data.train_batch(indices, torch.Generator().manual_seed(0))
+    else:
+        images, _ = data.test_batch(indices)
     name = settings["model.name"]
     frames = {
         cut: [activation(units, count, part) for part in images.split(SAMPLES)]
