@@ -159,6 +159,8 @@ def check(settings: Mapping[str, Value]) -> None:
             allowed = f"{value} with method={settings['method.name']}, where {reason}"
             raise ConfigError.of(key, settings[key], allowed)
     _check_gradient_positions(settings)
+    if settings["method.name"] == "split":
+        _check_halves(settings)
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
     _check_participation(run)
@@ -317,6 +319,20 @@ def _check_gradient_positions(settings: Mapping[str, Value]) -> None:
     if settings.get("gradient_compressor.scope") == "sample":
         allowed = "tensor with gradient_positions=kept"
         raise ConfigError.of("gradient_compressor.scope", "sample", allowed)
+
+
+def _check_halves(settings: Mapping[str, Value]) -> None:
+    """Refuse compressors of halves whose errors grow: these are added to the next.
+
+    One change's error is larger than the change itself.
+    """
+    slot, why = "model_compressor", "where what a change loses is added to the next one"
+    if settings[f"{slot}.name"] == "qsgd":
+        allowed = f"another one than qsgd with method=split, {why}"
+        raise ConfigError.of(f"{slot}.name", "qsgd", allowed)
+    if settings[f"{slot}.name"] == "ec" and settings[f"{slot}.rounding"] != "nearest":
+        allowed = f"nearest with method=split, {why}"
+        raise ConfigError.of(f"{slot}.rounding", settings[f"{slot}.rounding"], allowed)
 
 
 def _check_participation(run: RunConfig) -> None:

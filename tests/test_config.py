@@ -198,6 +198,14 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
             ("model=resnet18", "dataset=cifar10", "model.stem_stride=2"),
             "model.stem_stride=2: must be 1, or 2 with model.name=resnet8",
         ),
+        (
+            ("model_compressor=ec_unbiased",),
+            "model_compressor.rounding='stochastic': must be nearest with method=split",
+        ),
+        (
+            ("model_compressor=qsgd", "client_sync=step"),
+            "model_compressor.name='qsgd': must be another one than qsgd with method",
+        ),
         *(
             (
                 (f"method={name}", "traffic=compact"),

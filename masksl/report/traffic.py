@@ -37,6 +37,12 @@ KINDS = {
     "gradients": ("gradient",),
     "halves": ("model", "update", "optimizer", "buffer"),
 }
+# Names of the compressors of each preset, as long as none is given another.
+_PRESETS = {
+    EXACT: (NONE, NONE, NONE),
+    "paper": ("ms", NONE, NONE),
+    "compact": ("ec", "ec", "ec"),
+}
 _NEEDED = (
     *("dataset.name", "model.name", "clients", "seed", "cut", "client_sync"),
     *(f"{slot}.name" for slot in SLOTS),
@@ -140,11 +146,11 @@ def _run_of(result: results.Result) -> _Run:
 
 def _name(settings: Mapping[str, Any]) -> str:
     """Return what a run's traffic is called: by its preset, else by its compressors."""
-    names = [settings[f"{slot}.name"] for slot in SLOTS]
-    if set(names) == {NONE}:
-        return EXACT
-    preset = settings.get("traffic")
-    return preset or ", ".join(map(display_name, names))
+    names = tuple(settings[f"{slot}.name"] for slot in SLOTS)
+    preset = str(settings.get("traffic"))
+    if names == _PRESETS[EXACT] or names == _PRESETS.get(preset):
+        return EXACT if names == _PRESETS[EXACT] else preset
+    return ", ".join(map(display_name, names))
 
 
 def _bytes(nested: Mapping[str, Any], kinds: Sequence[str]) -> int:
@@ -202,7 +208,7 @@ def _figures(lines: Lines[_Run]) -> str:
 
 def _rank(run: _Run) -> tuple[Any, ...]:
     """Return the place of a run's line among those of its task."""
-    return rank((EXACT, "paper", "compact"), run.name)
+    return rank(tuple(_PRESETS), run.name)
 
 
 def _order(task: str) -> tuple[Any, ...]:

@@ -39,8 +39,8 @@ class Trace:
     """Factors of the linear layers of a network, found while it computes gradients.
 
     The layers are those with biases that take part once, on vectors and in float32,
-    where two mini-batches of inputs and outputs are smaller than the weights. Weights
-    that several layers share are not supported.
+    where two mini-batches of inputs and outputs are smaller than the weights, and share
+    no weights with another. Their inputs must not be changed in place.
 
     Parameters
     ----------
@@ -66,6 +66,8 @@ class Trace:
     def forward(self, module: nn.Module) -> Iterator[None]:
         """Note what goes into the layers, in one forward pass."""
         calls = Counter[str]()
+        every = module.named_parameters(remove_duplicate=False)
+        uses = Counter(id(parameter) for _, parameter in every)
 
         def note(name: str, layer: nn.Linear, given: Any, made: torch.Tensor) -> None:
             (inputs,) = given
@@ -81,6 +83,7 @@ class Trace:
             )
             for name, layer in module.named_modules()
             if isinstance(layer, nn.Linear) and layer.bias is not None
+            if uses[id(layer.weight)] == uses[id(layer.bias)] == 1
         ]
         try:
             yield

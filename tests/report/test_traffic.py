@@ -92,6 +92,23 @@ def test_differences_are_those_of_equal_seeds(tmp_path: Path) -> None:
     assert [row[kind] for kind in kinds] == ["10", "20", "14", "55"]
 
 
+def test_lines_are_named_by_their_compressors(tmp_path: Path) -> None:
+    """A preset is a name only as long as no compressor is given another one."""
+    null: dict[str, Any] = {"traffic": "null"}
+    synthetic(tmp_path / "a", 0.5, 10, **null)
+    for number, name in enumerate(("ms", "qu")):
+        other: dict[str, Any] = {**null, "compressor.name": name}
+        synthetic(tmp_path / f"b{number}", 0.5, 10, **other)
+    mixed: dict[str, Any] = {**COMPACT, "compressor.name": "qu"}
+    synthetic(tmp_path / "c", 0.5, 10, **mixed)
+    claimed: dict[str, Any] = {"traffic": "exact", "compressor.name": "ec"}
+    synthetic(tmp_path / "d", 0.5, 10, **claimed)
+    assert [key[2] for key in cells(tmp_path)] == [
+        *("exact", "EC, none, none", "MS, none, none", "QU, EC, EC"),
+        "QU, none, none",
+    ]
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no summary.json of method=split"):
         traffic(tmp_path)

@@ -1,5 +1,6 @@
 """The server side of split learning, protocol ``parallel``."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,15 @@ from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT
 from masksl.runtime.ledger import Traffic, compression_factor
-from masksl.runtime.messages import RunError, metrics_of
+from masksl.runtime.messages import RunError, ends_run, metrics_of
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings, ThreadsConfig, read
 from masksl.training.compute import ComputeConfig, resolve_device
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.score import Score
 from masksl.training.tensors import Tensors, group, grouped
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -206,10 +209,14 @@ class SplitServer(ServerMethod):
         """
         asked = {}
         for (number, content), gradient in zip(sent.items(), exact, strict=True):
-            frame = messages.frame_record(EXACT.encode(gradient))
+            with ends_run(round_.place(0, number, GRADIENT)):
+                frame = messages.frame_record(EXACT.encode(gradient))
             asked[number] = RecordDict({**content, EXACT_GRADIENT: frame})
-        place = f"{round_.place(0)}, {MEASURE}"
-        found = round_.manager.query(MEASURE, asked, place).values()
+        try:
+            found = round_.manager.query(MEASURE, asked, round_.place(0)).values()
+        except RunError as error:  # no reason to end the run
+            logger.warning("errors of gradients are not measured: %s", error)
+            return
         for name in (ERROR, WEIGHT_ERROR):
             errors = [float(metrics_of(content)[name]) for content in found]
             self._sums.gradients[name] = sum(errors) / len(errors)

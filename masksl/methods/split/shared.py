@@ -1,6 +1,6 @@
 """The client half of all clients, as the server keeps it if it travels compressed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from masksl.runtime.clients import ClientInfo
 from masksl.training.optimizer import OptimizerConfig
 from masksl.training.tensors import Tensors, copies, grouped
 
-_CHANGE, _BYTES = "change", "bytes"
+_CHANGE, _BYTES, _BEFORE = "change", "bytes", "before."
 
 
 @dataclass
@@ -88,9 +88,10 @@ class SharedHalf(GlobalModel):
         """Whether buffers are the clients' own, and travel for evaluations alone."""
         return False
 
-    def client_records(self) -> Mapping[str, ArrayRecord]:
-        """Return the state of a client that has this version, as far as it is
-        shared."""
+    def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
+        """Return the state of a client, as far as it is shared and it was current."""
+        if client.version != self.version:
+            return {}
         return {messages.MODEL: self.record()}
 
 
@@ -112,7 +113,10 @@ class CodedHalf(SharedHalf):
     coder: ChangeCoder = field(kw_only=True)
     remainder: Tensors = field(default_factory=dict, init=False)
     _change: tuple[bytes, float] | None = field(default=None, init=False)  # and rate
-    _changed: tuple[int, ArrayRecord] | None = field(default=None, init=False)
+    _before: dict[str, Tensors] = field(default_factory=dict, init=False)
+    _records: dict[str, tuple[int, ArrayRecord]] = field(
+        default_factory=dict, init=False
+    )
 
     def equals(self, content: RecordDict) -> bool:
         """Return whether the first reply of a round shows that a copy is equal.
@@ -147,6 +151,7 @@ class CodedHalf(SharedHalf):
         buffers = {name: t for name, t in mean.items() if name not in change}
         coded = self.coder.encode(change, self.remainder, buffers, seed=seed)
         sent = {name: coded.sent[name] for name in change}
+        self._before = self._shared_state()
         own, self.optimizer_state = apply(
             self.own, sent, self.optimizer_state, self.optimizer, rate
         )
@@ -161,29 +166,42 @@ class CodedHalf(SharedHalf):
         if client.version == self.version:
             return
         if self._change is not None and client.version == self.version - 1:
-            content[UPDATE] = self._change_record()
-            messages.add_to_place(content, {RATE: self._change[1]})
+            data, rate = self._change
+            content[UPDATE] = self._once(
+                UPDATE, lambda: messages.set_record(data, self._dense)
+            )
+            messages.add_to_place(content, {RATE: rate})
         else:
             content[messages.MODEL] = self.record()
             if self.optimizer_state:
-                states = {
-                    name: {key: state[key] for key in self.parameters}
-                    for name, state in self.optimizer_state.items()
-                }
-                content[OPTIMIZER] = messages.model_record(grouped(states))
+                content[OPTIMIZER] = self._once(OPTIMIZER, self._optimizer_record)
         client.version = self.version
 
     def record(self) -> ArrayRecord:
         """Encode what a client gets in full; buffers only if they come with changes."""
-        return messages.model_record(self._sent_like)
+        return self._once(
+            messages.MODEL, lambda: messages.model_record(self._sent_like)
+        )
 
-    def _change_record(self) -> ArrayRecord:
-        """Return the record of the last change, the same one for all clients."""
-        assert self._change is not None
-        if self._changed is None or self._changed[0] != self.version:
-            dense = messages.dense_bytes(self._sent_like)
-            self._changed = self.version, messages.set_record(self._change[0], dense)
-        return self._changed[1]
+    def _optimizer_record(self) -> ArrayRecord:
+        assert self.optimizer is not None
+        states = {
+            name: {key: self.optimizer_state[name][key] for key in self.parameters}
+            for name in self.optimizer.states
+        }
+        return messages.model_record(grouped(states))
+
+    @property
+    def _dense(self) -> int:
+        return messages.dense_bytes(self._sent_like)
+
+    def _once(self, kind: str, make: Callable[[], ArrayRecord]) -> ArrayRecord:
+        """Return the record of a kind, made once a version: the same for all
+        clients."""
+        known = self._records.get(kind)
+        if known is None or known[0] != self.version:
+            known = self._records[kind] = self.version, make()
+        return known[1]
 
     @property
     def keeps_buffers_apart(self) -> bool:
@@ -193,33 +211,46 @@ class CodedHalf(SharedHalf):
     # --- state ------------------------------------------------------------------------
 
     def state(self, name: str = "model") -> dict[str, Tensors]:
-        """Return copies of all tensors by group, with what the last change lost."""
+        """Return copies of all tensors by group, with the last change and its past."""
         groups = super().state(name) | {f"{name}.{REMAINDER}": copies(self.remainder)}
+        before = {f"{name}.{_BEFORE}{k}": copies(t) for k, t in self._before.items()}
         if self._change is not None:
             data, rate = self._change
             groups[f"{name}.{_CHANGE}"] = {
                 _BYTES: torch.from_numpy(np.frombuffer(data, np.uint8).copy()),
                 RATE: torch.tensor(rate, dtype=torch.float64),
             }
-        return groups
+        return groups | before
 
     def load(self, tensors: Tensors, version: int, name: str = "model") -> None:
         """Load copies of what `state` returned."""
         super().load(tensors, version, name)
-        self.remainder = self.optimizer_state.pop(REMAINDER, {})
-        change = self.optimizer_state.pop(_CHANGE, None)
-        self._change = self._changed = None
+        found, self._records = self.optimizer_state, {}
+        self.remainder, change = found.pop(REMAINDER, {}), found.pop(_CHANGE, None)
+        earlier = [key for key in found if key.startswith(_BEFORE)]
+        self._before = {key.removeprefix(_BEFORE): found.pop(key) for key in earlier}
+        self._change = None
         if change is not None:
             data = change[_BYTES].cpu().numpy().tobytes()
             self._change = data, float(change[RATE])
 
-    def client_records(self) -> Mapping[str, ArrayRecord]:
-        """Return the state of a client that has this version, as far as it is
-        shared."""
-        groups = {SHARED: self.own} | self.optimizer_state
-        if self.optimizer is None:
-            groups[messages.MODEL] = self.tensors
+    def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
+        """Return the state of a client that has this version or the one before.
+
+        One without test images gets the last change of a round in the next one.
+        """
+        groups: dict[str, Tensors] = {}
+        if client.version == self.version:
+            groups = self._shared_state()
+            if self.optimizer is None:
+                groups[messages.MODEL] = self.tensors
+        elif client.version == self.version - 1:
+            groups = self._before
         return {
             messages.STATE + name: messages.state_record(tensors)
             for name, tensors in groups.items()
         }
+
+    def _shared_state(self) -> dict[str, Tensors]:
+        """Return what every client holds, by the groups of its state."""
+        return {SHARED: self.own} | self.optimizer_state

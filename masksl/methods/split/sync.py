@@ -42,6 +42,7 @@ class HalfSync:
         self.shared = _shared_half(settings, module)
         self._coder = f"model_compressor {settings['model_compressor.name']}"
         self._halves: dict[int, Tensors] = {}
+        self._buffers: ArrayRecord | None = None  # averaged for an evaluation
 
     def begin(self) -> None:
         """Begin a round."""
@@ -111,7 +112,7 @@ class HalfSync:
     def _move(self, round_: Round, mean: Tensors, step: int) -> None:
         """Move the shared half by the average of what clients sent up."""
         assert self.shared is not None
-        seed = round_.seed("compress.model", step=step)
+        seed = round_.seed("compress.shared", step=step)
         place = round_.place(step, label=f"{_HALF}, {self._coder}")
         with ends_run(place), round_.watch("codec"):
             self.shared.move(mean, rate=round_.lr_at(step), seed=seed)
@@ -123,7 +124,7 @@ class HalfSync:
         shared = self.shared
         if shared is None or not shared.keeps_buffers_apart:
             return
-        clients = round_.active(round_.clients, EVALUATION)
+        clients = round_.active(round_.active(round_.clients), EVALUATION)
         sent = {c.number: round_.message(0) for c in clients}
         replies = round_.exchange(COLLECT, sent, step=0, label=BUFFER)
         received = []
@@ -136,11 +137,12 @@ class HalfSync:
         if received:
             weights = [round_.manager.clients[n].train_samples for n in replies]
             shared.tensors |= average(received, weights, torch.float64)
+        self._buffers = messages.model_record(shared.buffers)
 
     def attach_buffers(self, content: RecordDict) -> None:
         """Add the averaged buffers to a message, if clients have their own."""
-        if self.shared is not None and self.shared.keeps_buffers_apart:
-            content[BUFFER] = messages.model_record(self.shared.buffers)
+        if self._buffers is not None:
+            content[BUFFER] = self._buffers
 
     # --- state ------------------------------------------------------------------------
 
@@ -158,10 +160,10 @@ class HalfSync:
             self.shared.load(tensors, facts["version"])
 
     def client_records(self, client: ClientInfo) -> Mapping[str, ArrayRecord]:
-        """Return the shared half for a client that had its current version."""
-        if self.shared is None or client.version != self.shared.version:
+        """Return what the server knows of the half of a client."""
+        if self.shared is None:
             return {}
-        return self.shared.client_records()
+        return self.shared.client_records(client)
 
 
 def _shared_half(settings: Settings, module: nn.Module) -> SharedHalf | None:
