@@ -335,7 +335,7 @@ def test_committed_tables_come_out_again(folder: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "heading", "rows"),
-    [("README.md", "**FLASH:**", 4), ("docs/methods/flash.md", "## Results", 17)],
+    [("README.md", "**FLASH:**", 3), ("docs/methods/flash.md", "## Results", 17)],
 )
 def test_pages_show_figures_of_committed_tables(
     page: str, heading: str, rows: int

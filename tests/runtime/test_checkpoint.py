@@ -214,6 +214,7 @@ def test_results_without_a_key_have_what_held_before_it(tmp_path: Path) -> None:
     (tmp_path / results.CONFIG).write_text("rounds: 3\n", encoding="utf-8")
     assert results.read_summary(tmp_path) == {"method": "split"} | summary
     config = {"method.name": "split", "model.stem_stride": 1, "rounds": 3}
+    config["traffic"] = "null"
     assert results.read_config(tmp_path) == config
 
 

@@ -410,13 +410,6 @@ def test_keys_of_split_are_named() -> None:
             settings_of("method=fedavg", f"{key}=1")
 
 
-def test_split_has_no_model_compressor() -> None:
-    with pytest.raises(ConfigError) as caught:
-        settings_of("model_compressor=qu")
-    expected = "model_compressor.name='qu': must be none with method=split"
-    assert str(caught.value) == expected
-
-
 def test_the_default_compressor_is_none() -> None:
     settings = settings_of("method=fedavg")
     names = {key: settings[key] for key in settings if key.endswith("compressor.name")}
