@@ -276,8 +276,12 @@ def test_engines_agree_and_lost_hosts_change_nothing(
         folder = tmp_path / f"{engine}{len(killed)}"
         main.run(settings_of(*job, f"engine={engine}"), folder)
         assert order.read_text() == "", "not everybody was killed"
-        found, expected = (results.read_rows(f) for f in (folder, tmp_path / "local"))
-        assert untimed(found) == untimed(expected)
+        rows: list[Any] = [
+            untimed(results.read_rows(each)) for each in (folder, tmp_path / "local")
+        ]
+        for row in (*rows[0], *rows[1]):
+            del row["rebuilt_graphs"]  # where a client's next message goes to
+        assert rows[0] == rows[1]
         same_checkpoints(tmp_path / "local", folder, 20)
 
 
