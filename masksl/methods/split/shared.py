@@ -1,4 +1,4 @@
-"""The client half of all clients, as the server keeps it if it travels compressed."""
+"""The client half of all clients, as the server keeps it: exact, or compressed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
