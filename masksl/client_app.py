@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from masksl.engine.superlink.wire import SERVE
 from masksl.methods.client import FATAL, Client, Handler
 from masksl.runtime import messages
 
@@ -36,6 +37,11 @@ class MethodClientApp(ClientApp):
         """Return the reply; an error that must end the run becomes its content."""
         kind = message.metadata.message_type
         content = message.content
+        if kind == SERVE:
+            # pylint: disable-next=import-outside-toplevel
+            from masksl.engine.superlink.client import serve  # loads gRPC
+
+            return serve(self, message, context)
         if kind == messages.HELLO:  # the client starts anew
             context.state.clear()
             context.state[messages.SETTINGS] = content[messages.SETTINGS]

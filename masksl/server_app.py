@@ -1,10 +1,9 @@
 """Flower ServerApp: builds the strategy, runs the rounds, writes the results."""
 
 import logging
-import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from masksl import config
 from masksl.config import ConfigError
+from masksl.engine import EngineError
+from masksl.engine.options import SuperlinkOptions
 from masksl.methods import method_of
 from masksl.methods.base import State
 from masksl.runtime import checkpoint
@@ -43,11 +44,24 @@ from masksl.strategy import Observer, RoundStrategy
 
 AUTO = "auto"  # value of resume: continue in the run's own folder
 PATIENCE = 60.0  # seconds that clients have to connect
-FLWR_RUN = "engine=flower"  # first override of a run that Flower itself started
+PLAIN = (
+    "engine=%s: every exchange goes through Flower's messages and takes seconds; "
+    "engine=superlink engine.address=HOST:PORT opens a stream for each client"
+)
 
 app = ServerApp()
 
 logger = logging.getLogger(__name__)
+
+
+class RunFailed(Exception):
+    """Tells Flower in one line why a run has ended.
+
+    Flower prints the traceback of what a ServerApp raises; this has none. An exit
+    instead of an exception is noticed by the SuperLink a minute later.
+    """
+
+    __traceback__ = None
 
 
 @app.main()
@@ -60,13 +74,62 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path("outputs") / stamp
     try:
         overrides = config.split_overrides(context.run_config)
-        settings = config.compose([FLWR_RUN, *overrides])
-        with locked(folder):
-            run(grid, settings, folder)
-    except (CheckpointError, ConfigError, FolderError, RunError) as error:
+        engine = "superlink" if is_deployed(grid) else "flower"
+        settings = config.compose([f"engine={engine}", *overrides])
+        with locked(folder), carried(grid, settings) as carrier:
+            run(carrier, settings, folder)
+    except (CheckpointError, ConfigError, EngineError, FolderError, RunError) as error:
         discard(folder)
-        print(f"masksl: {error}", file=sys.stderr)
-        sys.exit(1)
+        raise RunFailed(str(error)) from None
+
+
+def is_deployed(grid: Grid) -> bool:
+    """Return whether the clients are nodes of a deployed SuperLink, not simulated."""
+    # pylint: disable-next=import-outside-toplevel
+    from flwr.superlink.grid import HttpGrid  # loads an HTTP client
+
+    return isinstance(grid, HttpGrid)
+
+
+@contextmanager
+def carried(grid: Grid, settings: Settings) -> Iterator[Grid]:
+    """Return the grid that carries the messages of a run which Flower has started.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    settings : Settings
+        Checked configuration of the run.
+
+    Yields
+    ------
+    Grid
+        With ``engine=superlink`` one of streams, else that of Flower.
+
+    Raises
+    ------
+    ConfigError
+        If the nodes are simulated and can have no streams.
+    EngineError
+        If the streams have no address.
+    """
+    deployed, name = is_deployed(grid), settings["engine.name"]
+    if name != "superlink":
+        if deployed:
+            logger.warning(PLAIN, name)
+        yield grid
+        return
+    if not deployed:
+        allowed = "another engine, because the nodes are simulated"
+        raise ConfigError.of("engine.name", name, allowed)
+    # pylint: disable-next=import-outside-toplevel
+    from masksl.engine.superlink.grid import SuperlinkGrid  # loads gRPC
+
+    options = read(SuperlinkOptions, settings, "engine")
+    with closing(SuperlinkGrid(grid, RunConfig.of(settings).clients, options)) as own:
+        own.invite()  # the clients start while the server builds its side
+        yield own
 
 
 def build(settings: Settings, folder: Path) -> ServerApp:

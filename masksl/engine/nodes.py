@@ -55,17 +55,26 @@ class Nodes:
         }
 
     def answer(self, message: Message) -> Message:
-        """Call the ClientApp for the node of a message and return its reply.
-
-        An exception becomes an error reply, as in Flower.
-        """
+        """Call the ClientApp for the node of a message; see `answer`."""
         context = self.contexts[message.metadata.dst_node_id]
-        try:
-            return self._client_app(message, context)
-        except Exception as error:  # pylint: disable=broad-exception-caught
-            reason = "".join(format_exception_only(error)).strip()
-            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            return Message(Error(code, reason), reply_to=message)
+        return answer(self._client_app, message, context)
+
+
+def answer(
+    client_app: Callable[[Message, Context], Message],
+    message: Message,
+    context: Context,
+) -> Message:
+    """Call a ClientApp and return its reply.
+
+    An exception becomes an error reply, as in Flower.
+    """
+    try:
+        return client_app(message, context)
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        reason = "".join(format_exception_only(error)).strip()
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code, reason), reply_to=message)
 
 
 class CallGrid(Grid):

@@ -13,6 +13,9 @@ _POSITIVE = "a number greater than 0"
 _NOT_NEGATIVE = "a number from 0 on"
 _WHOLE = "a whole number from 1 on"
 MOST_HOSTS = 1024  # processes by mistake would take all memory
+MOST_MIB = 1024  # gRPC can send twice as much in a message
+_PORT = "HOST:PORT"
+_HOST_PORT = r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):\d{1,5}$"
 _PINS = "null or a list of entries RESOURCE FIRST-LAST [KEY=VALUE ...]"
 _PIN = re.compile(r"(\S+) (\d+)(?:-(\d+))?((?: [^\s=]+=\S+)*)")
 
@@ -187,9 +190,60 @@ class RayOptions(EngineOptions, frozen=True):
         return Processes("host", self.hosts, self.cpus_per_host, self.gpus_per_host)
 
 
+class SuperlinkOptions(EngineOptions, frozen=True):
+    """Options of the engine `superlink`.
+
+    Parameters
+    ----------
+    address : str | None
+        ``host:port`` that clients dial. It must be set for a run on a SuperLink.
+    bind : str | None
+        ``host:port`` at which the server listens; None for the port of ``address`` on
+        all its addresses.
+    patience : float
+        Seconds that clients may take to open their streams, at the beginning and after
+        they were lost.
+    reconnect : float
+        Seconds that a stream that broke may take to come back, before its client counts
+        as lost.
+    starting : int
+        Nodes that start their processes at the same time.
+    max_message_mib : int
+        Length of a message at most, in MiB.
+    max_restarts : int
+        Clients that may be lost and start again in a run.
+    hosts : int
+        Processes that keep the clients of a run without a SuperLink.
+    """
+
+    name: Literal["superlink"] = Field("superlink", description="superlink")
+    address: str | None = Field(
+        None, pattern=_HOST_PORT, description=f"null or {_PORT}"
+    )
+    bind: str | None = Field(None, pattern=_HOST_PORT, description=f"null or {_PORT}")
+    patience: float = Field(300.0, gt=0, description=_POSITIVE)
+    reconnect: float = Field(20.0, gt=0, description=_POSITIVE)
+    starting: int = Field(4, ge=1, description=_WHOLE)
+    max_message_mib: int = Field(
+        256, ge=1, le=MOST_MIB, description=f"a whole number from 1 to {MOST_MIB}"
+    )
+    max_restarts: int = Field(10, ge=0, description="a whole number from 0 on")
+    hosts: int = Field(
+        2, ge=1, le=MOST_HOSTS, description=f"a whole number from 1 to {MOST_HOSTS}"
+    )
+
+    @property
+    def where(self) -> str:
+        """``host:port`` at which the server listens."""
+        if self.bind is not None:
+            return self.bind
+        return f"0.0.0.0:{(self.address or ':0').rpartition(':')[2]}"
+
+
 ENGINES: dict[str, type[EngineOptions]] = {
     "flower": FlowerOptions,
     "local": LocalOptions,
     "ray": RayOptions,
+    "superlink": SuperlinkOptions,
 }
 """Section of the options of every engine by its name."""

@@ -1,0 +1,248 @@
+"""The processes of a federation on this machine, and their orderly end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from masksl.federation import keys
+
+LOOPBACK = "127.0.0.1"
+NAME = "fed"  # of the federation in the configuration of `flwr`
+BIN = Path(sys.executable).parent  # where Flower's programs are, and find each other
+START_TIMEOUT = 60.0  # seconds for a program to be ready
+END_TIMEOUT = 10.0  # seconds for a program to exit when asked to
+POLL = 0.05
+
+
+class FederationError(RuntimeError):
+    """Raised when a program of the federation fails; the text is one line."""
+
+
+class Federation:
+    """A SuperLink, its SuperExec and SuperNodes, with TLS, keys and a secret.
+
+    Everything is in one folder: keys, logs, the database of the SuperLink, what Flower
+    installs, and the run folders, below ``outputs/``. As a context manager it ends what
+    it has started.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder that does not exist, or is empty.
+    nodes : int
+        Number of SuperNodes. Node i has ``partition-id`` i.
+
+    Attributes
+    ----------
+    folder : Path
+        Absolute.
+    address : str
+        ``host:port`` of the SuperLink.
+    nodes : list[subprocess.Popen]
+        The SuperNodes that run, by partition.
+    """
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder = folder.absolute()
+        self._number = nodes
+        self._stack = ExitStack()
+        self.address = f"{LOOPBACK}:{free_port()}"
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.superlink: subprocess.Popen[bytes]
+        self.superexec: subprocess.Popen[bytes]
+
+    def __enter__(self) -> "Federation":
+        """Start everything; if that fails, end it again."""
+        try:
+            self._make_folder()
+            self.start_superlink()
+            self._register()
+            for number in range(self._number):
+                self.nodes.append(self.start_node(number))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End everything that was started, the newest first."""
+        self._stack.close()
+
+    # --- what is started --------------------------------------------------------------
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink and the SuperExec that runs its ServerApps."""
+        keep = self.folder / "keys"
+        secret = ("--superexec-auth-secret-file", str(keep / "secret"))
+        host, _, port = self.address.rpartition(":")
+        self.superlink = self._start(
+            "superlink",
+            "flower-superlink",
+            *("--host", host, "--port", port, "--isolation", "process", *secret),
+            *("--ssl-ca-certfile", str(keep / "ca.crt")),
+            *("--ssl-certfile", str(keep / "server.pem")),
+            *("--ssl-keyfile", str(keep / "server.key")),
+            *("--enable-supernode-auth", "--database", str(self.folder / "state.db")),
+            "--disable-runtime-dependency-installation",
+        )
+        self._wait_for_port(self.superlink, int(port))
+        self.superexec = self._start(
+            "superexec",
+            "flower-superexec",
+            *("--runtime-api-address", self.address, *self._root_certificates, *secret),
+        )
+
+    def start_node(self, number: int) -> "subprocess.Popen[bytes]":
+        """Start a SuperNode."""
+        return self._start(
+            f"node-{number}",
+            "flower-supernode",
+            *("--superlink", self.address, *self._root_certificates),
+            *("--auth-supernode-private-key", str(self.folder / f"keys/node-{number}")),
+            *("--host", LOOPBACK, "--port", str(free_port())),
+            *("--node-config", f"partition-id={number} num-partitions={self._number}"),
+        )
+
+    @property
+    def _root_certificates(self) -> tuple[str, str]:
+        return "--root-certificates", str(self.folder / "keys/ca.crt")
+
+    def _make_folder(self) -> None:
+        """Make the folder with all keys, and the configuration of `flwr`."""
+        keep = self.folder / "keys"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
+                raise FederationError(f"{self.folder}: must be empty")
+            keep.mkdir(mode=0o700)
+        except OSError as error:
+            raise FederationError(f"{self.folder}: {error.strerror}") from error
+        self._stack.callback(_remove_keys, keep)
+        keys.write_server_keys(keep, ("localhost", LOOPBACK))
+        keys.write_secret(keep / "secret")
+        for number in range(self._number):
+            keys.write_node_keys(keep, f"node-{number}")
+        home = self.folder / "flwr-user"
+        home.mkdir()
+        lines = (
+            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]',
+            f'address = "{self.address}"',
+            f"root-certificates = {json.dumps(str(keep / 'ca.crt'))}",
+        )
+        (home / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _register(self) -> None:
+        """Register the public key of every node."""
+        for number in range(self._number):
+            public = self.folder / f"keys/node-{number}.pub"
+            done = self.flwr("supernode", "register", str(public), NAME, check=False)
+            if done.returncode:
+                raise FederationError(f"node {number} is not registered: {done.stderr}")
+
+    # --- flwr -------------------------------------------------------------------------
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Return the environment of a program, with a home of Flower's of its own."""
+        return os.environ | {
+            "FLWR_HOME": str(self.folder / f"flwr-{name}"),
+            "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def flwr(
+        self, *arguments: str, check: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command of `flwr` and return what it printed."""
+        return subprocess.run(
+            [str(BIN / "flwr"), *arguments],
+            env=self.environment("user"),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=check,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def submit(self, project: Path, overrides: str) -> "subprocess.Popen[bytes]":
+        """Start ``flwr run --stream``; its output is that of the run.
+
+        Parameters
+        ----------
+        project : Path
+            Folder with the ``pyproject.toml`` of the apps.
+        overrides : str
+            What would be typed after ``python -m masksl.main``, quoted as in a shell.
+        """
+        config = self.folder / "run.toml"
+        config.write_text(f"overrides = {json.dumps(overrides)}\n", encoding="utf-8")
+        command = [str(BIN / "flwr"), "run", str(project), NAME, "--stream"]
+        process = subprocess.Popen(  # pylint: disable=consider-using-with
+            [*command, "--run-config", str(config)],
+            env=self.environment("user"),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._stack.callback(end, process)
+        return process
+
+    # --- processes --------------------------------------------------------------------
+
+    def _start(
+        self, name: str, program: str, *arguments: str
+    ) -> "subprocess.Popen[bytes]":
+        """Start a program with a log and a process group of its own."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(  # pylint: disable=consider-using-with
+                [str(BIN / program), *arguments],
+                env=self.environment(name),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._stack.callback(end, process)
+        return process
+
+    def _wait_for_port(self, process: "subprocess.Popen[bytes]", port: int) -> None:
+        """Wait until a program accepts connections."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            with suppress(OSError):
+                socket.create_connection((LOOPBACK, port), POLL).close()
+                return
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise FederationError(
+                    f"the SuperLink does not start; see {self.folder}/superlink.log"
+                )
+            time.sleep(POLL)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a program, and what it has started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_TIMEOUT)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface at which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
+
+
+def _remove_keys(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
