@@ -18,7 +18,7 @@ FLOWER_FILES := client_app dataset model server_app strategy utils
 # An environment that is active where make is called is not the project's.
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
 
-.PHONY: help setup run test test-all flower-checks lint format clean
+.PHONY: help setup run federation test test-all flower-checks lint format clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ setup: $(READY)  ## Install the locked environment (every other target does so t
 
 run: $(READY)  ## Train the default job; ARGS="..." overrides its configuration
 	$(POETRY) run python -m masksl.main $(ARGS)
+
+federation: $(READY)  ## Train it on a Flower federation of this machine, two nodes over TLS
+	$(POETRY) run python -m masksl.federation clients=2 $(ARGS)
 
 test: $(READY)  ## Run the tests that are not marked slow
 	$(TEST_ENV) $(PYTEST) $(ARGS)

@@ -54,9 +54,13 @@ IMPORTS: dict[str, set[str]] = {
         "cli",
     },
     "cli": {"settings", "signals"},
-    "client_app": {"methods.base", "runtime", "settings"},
+    "client_app": {
+        *("methods.base", "runtime", "settings"),
+        *("engine.superlink.client", "engine.superlink.wire"),
+    },
     "server_app": {
         *("config", "methods", "methods.base", "runtime", "settings", "strategy"),
+        *("engine", "engine.options", "engine.superlink.grid"),
     },
     "engine": {"engine", "engine.options", "utils"},
     "main": {
@@ -65,6 +69,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "sweep": {"config", "main", "runtime.folder", "runtime.results", "server_app"},
     "report": {"report", "runtime.folder", "runtime.results"},
+    "federation": {"federation", "config", "runtime.results", "server_app", "signals"},
 }
 """Rooms by room that a module of it may import; `bench` may import anything."""
 

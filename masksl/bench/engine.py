@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from masksl.bench import exchanges, iterations, memory, steps
+from masksl.bench import deployed, exchanges, iterations, memory, steps
 from masksl.engine import ENGINES
 
 Row = dict[str, Any]
@@ -37,11 +37,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         The number of cores, and the rows of each part.
     """
     report: dict[str, Any] = {"cores": os.cpu_count()}
-    parts = ("exchanges", "steps", "iterations", "uploads", "memory")
+    parts = ("exchanges", "deployed", "steps", "iterations", "uploads", "memory")
     report |= {part: [] for part in parts}
     root = f"dataset.root={arguments.root}"
     if "exchanges" in arguments.parts:
         report["exchanges"] = _exchanges(arguments)
+    if "deployed" in arguments.parts:
+        _announce("exchanges of two SuperNodes")
+        rows = deployed.measure(arguments.sizes, arguments.repeats)
+        _add_ratios(rows, "mean_ms", deployed.STREAMS, ("clients", "bytes"))
+        report["deployed"] = rows
     if "steps" in arguments.parts:
         report["steps"] = _steps(root)
     if "iterations" in arguments.parts:
@@ -135,6 +140,13 @@ def show(report: Mapping[str, Any]) -> None:
         | times
         | {"steps_per_second": ",.1f", "times_ray": ".2f"},
         report["exchanges"],
+    )
+    _show(
+        f"exchanges on a deployed SuperLink, {cores}",
+        {"engine": "", "clients": ",", "bytes": ",", "exchanges": ""}
+        | times
+        | {"times_superlink": ",.2f"},
+        report["deployed"],
     )
     percent = [
         row | {name: f"{share:.0%}" for name, share in row["shares"].items()}

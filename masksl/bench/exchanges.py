@@ -55,12 +55,13 @@ def measure(
         clients=clients,
     )
     return [
-        {"engine": engine, "clients": clients, "bytes": size} | _statistics(seconds)
+        {"engine": engine, "clients": clients, "bytes": size} | statistics_of(seconds)
         for size, seconds in zip(sizes, timed, strict=True)
     ]
 
 
-def _statistics(seconds: Sequence[float]) -> dict[str, Any]:
+def statistics_of(seconds: Sequence[float]) -> dict[str, Any]:
+    """Return mean and quantiles of the seconds of exchanges, in milliseconds."""
     spread = quantiles(seconds, n=20, method="inclusive")
     return {
         "exchanges": len(seconds),
@@ -72,10 +73,10 @@ def _statistics(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _time_sizes(grid: Grid, sizes: Sequence[int], repeats: int) -> list[list[float]]:
-    return [_time_exchanges(grid, size, repeats) for size in sizes]
+    return [time_exchanges(grid, size, repeats) for size in sizes]
 
 
-def _time_exchanges(grid: Grid, size: int, repeats: int) -> list[float]:
+def time_exchanges(grid: Grid, size: int, repeats: int) -> list[float]:
     """Return the seconds of exchanges, without the first one."""
     nodes = list(grid.get_node_ids())
     noise = os.urandom(size + len(nodes))

@@ -90,12 +90,14 @@ class Federation:
             *("--ssl-keyfile", str(keep / "server.key")),
             *("--enable-supernode-auth", "--database", str(self.folder / "state.db")),
             "--disable-runtime-dependency-installation",
+            log="superlink",
         )
         self._wait_for_port(self.superlink, int(port))
         self.superexec = self._start(
             "superexec",
             "flower-superexec",
             *("--runtime-api-address", self.address, *self._root_certificates, *secret),
+            log="superexec",
         )
 
     def start_node(self, number: int) -> "subprocess.Popen[bytes]":
@@ -107,6 +109,7 @@ class Federation:
             *("--auth-supernode-private-key", str(self.folder / f"keys/node-{number}")),
             *("--host", LOOPBACK, "--port", str(free_port())),
             *("--node-config", f"partition-id={number} num-partitions={self._number}"),
+            log=f"node-{number}",
         )
 
     @property
@@ -169,8 +172,10 @@ class Federation:
             stdin=subprocess.DEVNULL,
         )
 
-    def submit(self, project: Path, overrides: str) -> "subprocess.Popen[bytes]":
-        """Start ``flwr run --stream``; its output is that of the run.
+    def submit(
+        self, project: Path, overrides: str, log: str | None = None
+    ) -> "subprocess.Popen[bytes]":
+        """Start ``flwr run --stream``, which ends with the run and prints its output.
 
         Parameters
         ----------
@@ -178,34 +183,42 @@ class Federation:
             Folder with the ``pyproject.toml`` of the apps.
         overrides : str
             What would be typed after ``python -m masksl.main``, quoted as in a shell.
+        log : str | None
+            Name of a log in the folder that gets the output instead.
         """
         config = self.folder / "run.toml"
         config.write_text(f"overrides = {json.dumps(overrides)}\n", encoding="utf-8")
-        command = [str(BIN / "flwr"), "run", str(project), NAME, "--stream"]
-        process = subprocess.Popen(  # pylint: disable=consider-using-with
-            [*command, "--run-config", str(config)],
-            env=self.environment("user"),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._stack.callback(end, process)
-        return process
+        arguments = (str(project), NAME, "--stream", "--run-config", str(config))
+        return self._start("user", "flwr", "run", *arguments, log=log)
 
     # --- processes --------------------------------------------------------------------
 
     def _start(
-        self, name: str, program: str, *arguments: str
+        self, name: str, program: str, *arguments: str, log: str | None = None
     ) -> "subprocess.Popen[bytes]":
-        """Start a program with a log and a process group of its own."""
-        with (self.folder / f"{name}.log").open("ab") as log:
+        """Start a program in a process group of its own; it is ended at the end.
+
+        Parameters
+        ----------
+        name : str
+            Of its home of Flower's.
+        program : str
+            Of the environment of this process.
+        log : str | None
+            Name of a log in the folder; None for the output of this process.
+        """
+        with ExitStack() as files:
+            output = None
+            if log is not None:
+                path = self.folder / f"{log}.log"
+                output = files.enter_context(path.open("ab"))
             process = subprocess.Popen(  # pylint: disable=consider-using-with
                 [str(BIN / program), *arguments],
                 env=self.environment(name),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
                 start_new_session=True,
             )
         self._stack.callback(end, process)

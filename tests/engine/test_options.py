@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from masksl.engine.options import (
     Pin,
     Processes,
     RayOptions,
+    SuperlinkOptions,
 )
 from tests.conftest import ROOT
 
@@ -23,10 +25,10 @@ CONF = ROOT / "conf/engine"
 
 
 def test_every_engine_has_options_a_module_and_a_file() -> None:
-    assert list(ENGINES) == ["flower", "local", "ray"]
+    assert list(ENGINES) == ["flower", "local", "ray", "superlink"]
     assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(ENGINES)
     for name in ENGINES:
-        assert Path(ROOT, "masksl/engine", f"{name}.py").exists()
+        assert find_spec(f"masksl.engine.{name}") is not None
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -63,6 +65,45 @@ def test_wrong_options_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         RayOptions(**options)
     assert caught.value.errors()[0]["loc"][0] == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"address": "server"}, "address"),
+        ({"address": "https://server:8443"}, "address"),
+        ({"address": "::1:8443"}, "address"),
+        ({"address": 8443}, "address"),
+        ({"bind": ":8443"}, "bind"),
+        ({"bind": "0.0.0.0:123456"}, "bind"),
+        ({"patience": 0.0}, "patience"),
+        ({"reconnect": float("inf")}, "reconnect"),
+        ({"starting": 0}, "starting"),
+        ({"max_message_mib": 1025}, "max_message_mib"),
+        ({"max_restarts": -1}, "max_restarts"),
+        ({"hosts": 0}, "hosts"),
+    ],
+)
+def test_wrong_options_of_streams_are_refused(
+    options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SuperlinkOptions(**options)
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"address": "192.168.1.10:8443"}, "0.0.0.0:8443"),
+        ({"address": "[fe80::1]:8443"}, "0.0.0.0:8443"),
+        ({"address": "fl.example.org:443", "bind": "[::]:8443"}, "[::]:8443"),
+    ],
+)
+def test_streams_listen_at_the_port_of_the_address(
+    options: dict[str, Any], where: str
+) -> None:
+    assert SuperlinkOptions(**options).where == where
 
 
 @pytest.mark.parametrize("cpus", [0, 0.0, -1.0])

@@ -80,6 +80,8 @@ class SuperlinkGrid(CallGrid):
     ----------
     address : str
         ``host:port`` at which the clients reach it.
+    port : int
+        Port at which it listens.
     """
 
     def __init__(self, flower: Grid, clients: int, options: SuperlinkOptions) -> None:
@@ -101,6 +103,7 @@ class SuperlinkGrid(CallGrid):
             certificate=self._certificate,
         )
         host, _, port = options.address.rpartition(":")
+        self.port = self._server.port
         self.address = f"{host}:{self._server.port}" if port == "0" else options.address
         self._guests: dict[int, _Guest] = {}
         self._serving: dict[int, int] = {}  # node by partition
@@ -123,10 +126,11 @@ class SuperlinkGrid(CallGrid):
         EngineError
             If they are not there in time, or cannot start.
         """
-        end = time.monotonic() + self._options.patience
+        began = time.monotonic()
         while self.invite():
-            if time.monotonic() > end or self._is_hopeless():
-                raise EngineError(self._missing())
+            waited = time.monotonic() - began
+            if waited > self._options.patience or self._is_hopeless():
+                raise EngineError(self._missing(waited))
             time.sleep(POLL)
         return [self._serving[number] for number in range(self._clients)]
 
@@ -228,8 +232,8 @@ class SuperlinkGrid(CallGrid):
         """Return whether nodes failed to start, and there is no other to wait for."""
         return any(g.failures for g in self._guests.values()) and not self._candidates()
 
-    def _missing(self) -> str:
-        """Return in one line which clients are missing, and why."""
+    def _missing(self, waited: float) -> str:
+        """Return in one line which clients are missing after a time, and why."""
         missing = [n for n in range(self._clients) if n not in self._serving]
         failed = [
             f"; node {node} did not start: {guest.reason}"
@@ -237,10 +241,9 @@ class SuperlinkGrid(CallGrid):
             if guest.failures
         ]
         return (
-            f"clients={self._clients}: no stream of the partitions {missing} within "
-            f"{self._options.patience:g} s; {len(self._online)} nodes are connected to "
-            f"the SuperLink, {len(self._serving)} have opened their streams"
-            + "".join(failed)
+            f"clients={self._clients}: no stream of the partitions {missing} after "
+            f"{waited:.0f} s; {len(self._online)} nodes are connected to the SuperLink"
+            f", {len(self._serving)} have opened their streams" + "".join(failed)
         )
 
     # --- exchanges --------------------------------------------------------------------

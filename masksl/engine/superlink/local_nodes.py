@@ -4,7 +4,6 @@ They deliver invitations to processes that this program starts itself. Everythin
 the invitation is as in a federation: the same streams, certificate, tokens, handlers.
 """
 
-import itertools
 import multiprocessing
 import threading
 from collections.abc import Iterable, Sequence
@@ -53,7 +52,6 @@ class LocalNodes(CallGrid):
     def __init__(self, client_app: str, run_id: int, clients: int, hosts: int) -> None:
         super().__init__(run_id, clients)
         configs = node_configs(clients)
-        self._ids = (str(number) for number in itertools.count(1))
         self._delivered: dict[str, Message] = {}
         self._hosts = [
             _Host(client_app, run_id, {int(node): configs[int(node)] for node in part})
@@ -73,14 +71,12 @@ class LocalNodes(CallGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver invitations; start the processes that do not run."""
-        ids = []
-        for message in messages:
-            identity = next(self._ids)
+        sent = self._assign_ids(messages)
+        for message in sent:
+            identity, node = message.metadata.message_id, message.metadata.dst_node_id
             self._delivered[identity] = message
-            node = message.metadata.dst_node_id
             self._host_of[node].send(identity, node, message)
-            ids.append(identity)
-        return ids
+        return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return errors of nodes that could not serve; each is returned once."""
@@ -161,18 +157,21 @@ class _Host:
 def _run_host(client_app: str, run_id: int, nodes: Nodes, pipe: Connection) -> None:
     """Serve the nodes of a process until the parent closes the pipe."""
     set_task_identity(run_id)
-    app = import_attribute(client_app)
     lock = threading.Lock()  # the clients of a process share what they compute with
     send_lock = threading.Lock()
 
     def call(message: Message, context: Context) -> Message:
         with lock:
-            return app(message, context)
+            return import_attribute(client_app)(message, context)
+
+    def start(message: Message, context: Context) -> Message:
+        import_attribute(client_app)  # it answers the invitation, so it must be there
+        return serve(call, message, context)
 
     def serve_node(identity: str, node: int, content: RecordDict) -> None:
         context = Context(run_id, node, nodes[node], RecordDict(), {})
         invitation = Message(content, node, SERVE)
-        reply = answer(lambda m, c: serve(call, m, c), invitation, context)
+        reply = answer(start, invitation, context)
         if reply.has_error():
             with send_lock, suppress(OSError):
                 pipe.send((identity, reply.error.reason))

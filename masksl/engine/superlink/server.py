@@ -11,6 +11,7 @@ other threads call.
 
 import asyncio
 import hmac
+import logging
 import secrets
 import threading
 from collections.abc import Coroutine, Mapping
@@ -45,6 +46,18 @@ REFUSED = "no such node, or another token"
 TAKEN = "another process serves this node"
 
 T = TypeVar("T")
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Return whether gRPC logs a fault of this program.
+
+    It also logs a traceback for metadata that is no text, and for a call that has
+    ended: any peer could fill the log with them.
+    """
+    return not record.getMessage().startswith(("Invalid encoding", "ExecuteBatchError"))
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
 
 
 class StreamLost(RuntimeError):
@@ -339,9 +352,8 @@ class StreamServer:
             await self._admit(session, stream, context)
             while session.stream is stream and not session.lost:
                 if session.request is not None:
-                    await context.write(session.request)
-                    reply = await context.read()
-                    if reply is grpc.aio.EOF:
+                    reply = await self._reply(session.request, context)
+                    if reply is None:
                         return
                     session.answer(reply)
                 elif session.ending:
@@ -351,6 +363,8 @@ class StreamServer:
                     await stream.wake.wait()
                     stream.wake.clear()
         except WireError as error:
+            if session.stream is stream:
+                session.lose(f"its reply is broken: {error}")
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             self._left(session, stream)
@@ -360,7 +374,9 @@ class StreamServer:
         metadata = dict(context.invocation_metadata() or ())
         node, token = metadata.get(NODE_KEY, ""), metadata.get(TOKEN_KEY, "")
         if not (
-            isinstance(node, str) and node.isdecimal() and len(node) <= NODE_DIGITS
+            isinstance(node, str)
+            and (node.isascii() and node.isdecimal())
+            and len(node) <= NODE_DIGITS
         ):
             return None
         session = self._sessions.get(int(node))
@@ -381,13 +397,31 @@ class StreamServer:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no first message")
         head, _ = wire.decode(first)
         instance, partition = head.get("instance"), head.get("partition")
-        if not (instance and isinstance(instance, str) and isinstance(partition, int)):
+        if not (isinstance(instance, str) and instance) or not (
+            isinstance(partition, int) and not isinstance(partition, bool)
+        ):
             raise WireError("first message without instance and partition")
         if session.instance not in ("", instance):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, TAKEN)
         session.instance, session.partition = instance, partition
         session.attach(stream)
         await context.send_initial_metadata(())  # tells the client that it is admitted
+
+    async def _reply(
+        self, request: bytes, context: grpc.aio.ServicerContext
+    ) -> bytes | None:
+        """Write a request and read the reply; None if the stream has ended.
+
+        Replies to requests before it are skipped.
+        """
+        number = wire.number_of(request)
+        await context.write(request)
+        while (reply := await context.read()) is not grpc.aio.EOF:
+            if wire.number_of(reply) > number:
+                raise WireError(f"number {wire.number_of(reply)} after {number}")
+            if wire.number_of(reply) == number:
+                return bytes(reply)
+        return None
 
     def _left(self, session: _Session, stream: _Stream) -> None:
         """Wait for a stream that has ended to come back, unless another took over."""

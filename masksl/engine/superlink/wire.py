@@ -48,8 +48,15 @@ _BYTES = "base64"  # key of a value of bytes in the settings of a head
 _PLAIN = {"config": ConfigRecord, "metrics": MetricRecord}
 
 
+LONGEST_TEXT = 300
+"""Characters of the text of a `WireError` at most."""
+
+
 class WireError(ValueError):
-    """Raised for a message that is broken; the text is one line."""
+    """Raised for a message that is broken; the text is one short line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[:LONGEST_TEXT])
 
 
 def number_of(data: bytes) -> int:
@@ -107,6 +114,7 @@ def decode(data: bytes) -> tuple[dict[str, Any], RecordDict]:
     try:
         head = json.loads(data[_PREFIX.size : start])
         records = head.pop(_RECORDS)
+        _check_outcome(head)
         content = RecordDict()
         reader = _Reader(memoryview(data), start)
         for kind, name, values in records:
@@ -118,6 +126,14 @@ def decode(data: bytes) -> tuple[dict[str, Any], RecordDict]:
     if reader.position != len(data):
         raise WireError(f"{len(data) - reader.position} bytes that are no array's")
     return head, content
+
+
+def _check_outcome(head: Mapping[str, Any]) -> None:
+    """Check what the head of a reply says instead of its records, if it does."""
+    code, reason = head.get("error", (0, ""))
+    length = head.get("too_long", 0)
+    if not (_is_whole(code) and isinstance(reason, str) and _is_whole(length)):
+        raise WireError("error or length that is broken")
 
 
 class _Reader:
