@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Self
 
 from masksl.federation import keys
 
@@ -57,7 +58,7 @@ class Federation:
         self.superlink: subprocess.Popen[bytes]
         self.superexec: subprocess.Popen[bytes]
 
-    def __enter__(self) -> "Federation":
+    def __enter__(self) -> Self:
         """Start everything; if that fails, end it again."""
         try:
             self._make_folder()

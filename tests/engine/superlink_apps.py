@@ -69,6 +69,8 @@ class Proxy:
     ----------
     port : int
         Where it listens.
+    target : int
+        Where it forwards to; 0 to refuse.
     cuts : int
         Moments at which connections were cut.
     """
@@ -82,10 +84,10 @@ class Proxy:
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self) -> None:
+    def cut(self, everything: bool = False) -> None:
         """Cut one of the connections, or each, with a reset or in order."""
         pairs = sorted(self._pairs, key=id)
-        if pairs and self._random.random() < 0.5:
+        if pairs and not everything and self._random.random() < 0.5:
             pairs = [self._random.choice(pairs)]
         self.cuts += bool(pairs)
         for pair in pairs:
@@ -108,7 +110,11 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # there is no target
+                    client.close()
+                    continue
                 self._pairs.add((client, server))
                 for pair in ((client, server), (server, client)):
                     threading.Thread(target=_forward, args=pair, daemon=True).start()

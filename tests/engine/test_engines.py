@@ -208,6 +208,8 @@ def test_clients_that_all_raise_end_a_run_with_a_reason(
         pytest.param("local", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("superlink", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("superlink", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("flower", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )

@@ -164,6 +164,27 @@ def test_a_client_that_is_gone_is_invited_again(caplog: Any) -> None:
         assert [r.content["seen"]["count"] for r in replies] == [3, 1]
 
 
+def test_a_network_that_is_gone_for_long_starts_clients_anew() -> None:
+    """What comes back too late is refused, and its process makes room for another."""
+    proxy = Proxy(seed=3)
+    address = f"localhost:{proxy.port}"
+    with (
+        closing(proxy),
+        streams(2, address=address, bind="127.0.0.1:0", reconnect=1.0) as grid,
+    ):
+        proxy.target = grid.port
+        replies = ask(grid, "query.count", data_content(b"x"))
+        proxy.target = 0
+        proxy.cut(everything=True)
+        nodes = list(grid.get_node_ids())
+        sent = [Message(data_content(b"x"), node, "query.count") for node in nodes]
+        replies = list(grid.send_and_receive(sent))
+        assert {reply.error.code for reply in replies} == {ErrorCode.NODE_UNAVAILABLE}
+        proxy.target = grid.port
+        replies = ask(grid, "query.count", data_content(b"x"))
+        assert [r.content["seen"]["count"] for r in replies] == [1, 1]
+
+
 def test_errors_of_clients_are_replies() -> None:
     with streams() as grid:
         replies = ask(grid, "query.fail")

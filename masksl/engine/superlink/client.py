@@ -27,7 +27,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two attempts to connect
 FINAL = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.UNIMPLEMENTED,
 )
@@ -121,7 +120,9 @@ class _Client:
         """Return in words why a stream broke; `EngineError` if that is final."""
         assert isinstance(error, grpc.Call)
         reason = f"{error.code().name}: {error.details()}"
-        if error.code() in FINAL:
+        exhausted = error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        # Before it is admitted: others have taken all streams, for the moment.
+        if error.code() in FINAL or (exhausted and self._admitted):
             raise EngineError(
                 f"{self._invitation['address']}: refused ({reason})"
             ) from error

@@ -97,7 +97,7 @@ class SuperlinkGrid(CallGrid):
         self._certificate = RunCertificate.make()
         self._server = StreamServer(
             options.where,
-            clients=clients,
+            clients=clients + options.starting,
             reconnect=options.reconnect,
             max_message=options.max_message_mib * 2**20,
             certificate=self._certificate,
@@ -259,6 +259,8 @@ class SuperlinkGrid(CallGrid):
             If a message is too long, or a reply is broken.
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
+        if len(sent) < len(messages):
+            raise ValueError("an exchange has one message to a node")
         requests = {node: self._encode(message) for node, message in sent.items()}
         outcomes = self._server.exchange(requests, timeout)
         return [self._reply(sent[node], outcome) for node, outcome in outcomes.items()]

@@ -316,7 +316,7 @@ class StreamServer:
                 ("grpc.max_metadata_size", FIRST_BYTES),
                 ("grpc.so_reuseport", 0),
                 (
-                    "grpc.http2.min_recv_ping_interval_without_data_ms",
+                    "grpc.http2.min_ping_interval_without_data_ms",
                     int(KEEPALIVE_TIME * 500),
                 ),
             ),
@@ -370,7 +370,10 @@ class StreamServer:
             self._left(session, stream)
 
     def _authenticated(self, context: grpc.aio.ServicerContext) -> _Session | None:
-        """Return the session of the token of a call, None if it is of no session."""
+        """Return the session of the token of a call, None if it is of no session.
+
+        A client that is lost must end its process, to be started anew.
+        """
         metadata = dict(context.invocation_metadata() or ())
         node, token = metadata.get(NODE_KEY, ""), metadata.get(TOKEN_KEY, "")
         if not (
@@ -382,7 +385,7 @@ class StreamServer:
         session = self._sessions.get(int(node))
         expected = session.token if session is not None else secrets.token_hex(32)
         matches = hmac.compare_digest(str(token).encode(), expected.encode())
-        return session if matches else None
+        return session if matches and session is not None and not session.lost else None
 
     async def _admit(
         self, session: _Session, stream: _Stream, context: grpc.aio.ServicerContext
@@ -439,7 +442,8 @@ class StreamServer:
             node: asyncio.ensure_future(self._sessions[node].ask(data))
             for node, data in requests.items()
         }
-        await asyncio.wait(tasks.values(), timeout=timeout)
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=timeout)
         outcomes: dict[int, bytes | StreamLost] = {}
         for node, task in tasks.items():
             if not task.done():
