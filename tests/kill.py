@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ def kill_at(place: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_mortal(method: ClientMethod) -> None:
-    """Let the process of a client die at the lines of the file.
+def make_mortal(
+    method: ClientMethod, happens: Callable[[str], None] = kill_at
+) -> None:
+    """Let something happen before a client answers: by default its process dies.
 
-    A line is a message type, a round and a client.
+    It is called with the place: a message type, a round and a client.
     """
 
     def wrap(kind: str, handler: Handler) -> Handler:
         def mortal(client: Client, content: RecordDict) -> RecordDict:
-            kill_at(f"{kind} {messages.place_of(content)['round']} {client.number}")
+            happens(f"{kind} {messages.place_of(content)['round']} {client.number}")
             return handler(client, content)
 
         return mortal

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -19,12 +20,13 @@ _LINGER = struct.pack("ii", 1, 0)  # closing sends a reset
 @app.query("count")
 def count(message: Message, context: Context) -> Message:
     """Count the requests of a node; return the count and what came, added to it."""
-    record = context.state.setdefault("seen", MetricRecord({"count": 0}))
-    record["count"] += 1  # type: ignore[operator, index]
-    (array,) = message.content["data"].values()  # type: ignore[union-attr]
+    record: Any = context.state.setdefault("seen", MetricRecord({"count": 0}))
+    record["count"] += 1
+    sent: Any = message.content["data"]
+    (array,) = sent.values()
     data = (np.frombuffer(array.data, np.uint8) + 1).tobytes()
     content = data_content(data)
-    content["seen"] = MetricRecord(dict(record))  # type: ignore[arg-type]
+    content["seen"] = MetricRecord(dict(record))
     return Message(content, reply_to=message)
 
 

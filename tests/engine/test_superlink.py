@@ -42,7 +42,8 @@ def streams(
     """Return a grid of streams to nodes in two processes."""
     run_id = next(run_ids)
     set_task_identity(run_id)
-    given = {"address": "localhost:0", "starting": nodes, "patience": 60.0} | options
+    given: dict[str, Any] = {"address": "localhost:0", "starting": nodes}
+    given |= {"patience": 60.0} | options
     with (
         closing(LocalNodes(app, run_id, nodes, 2)) as local,
         closing(
@@ -57,7 +58,7 @@ def ask(
     kind: str,
     content: RecordDict | None = None,
     timeout: float | None = 60.0,
-) -> list[Message]:
+) -> list[Any]:
     """Send the same to all nodes; return the replies by partition."""
     nodes = list(grid.get_node_ids())
     sent = [Message(content or RecordDict(), node, kind) for node in nodes]
@@ -155,7 +156,8 @@ def test_a_client_that_is_gone_is_invited_again(caplog: Any) -> None:
             replies = ask(grid, "query.count", data_content(b"x"))
             assert [r.content["seen"]["count"] for r in replies] == [expected] * 2
         nodes = list(grid.get_node_ids())
-        (reply,) = grid.send_and_receive([Message(RecordDict(), nodes[1], "query.die")])
+        die = Message(RecordDict(), nodes[1], "query.die")
+        (reply,) = grid.send_and_receive([die])
         assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
         assert reply.error.reason == (
             "client 1 is gone: its stream broke and did not come back in 0.3 s"
@@ -247,7 +249,11 @@ def test_nodes_that_cannot_start_end_a_run_with_their_reason(
 def test_a_server_that_nobody_reaches_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The address that clients dial is not that of the server."""
     monkeypatch.setattr(grids, "FLOWER_POLL", 0.1)
-    options = {"address": "localhost:1", "bind": "127.0.0.1:0", "reconnect": 0.2}
+    options: dict[str, Any] = {
+        "address": "localhost:1",
+        "bind": "127.0.0.1:0",
+        "reconnect": 0.2,
+    }
     with streams(1, **options) as grid, pytest.raises(EngineError) as caught:
         grid.get_node_ids()
     assert "localhost:1: no stream for 0.2 s (UNAVAILABLE" in str(caught.value)
