@@ -57,11 +57,17 @@ logger = logging.getLogger(__name__)
 class RunFailed(Exception):
     """Tells Flower in one line why a run has ended.
 
-    Flower prints the traceback of what a ServerApp raises; this has none. An exit
-    instead of an exception is noticed by the SuperLink a minute later.
+    Flower (1.41) prints the traceback of what a ServerApp raises; this has none. The
+    SuperLink notices an exit without an exception a minute later only.
     """
 
-    __traceback__ = None
+    @property  # type: ignore[misc]
+    def __traceback__(self) -> None:  # type: ignore[override]
+        """None, whatever it is set to: `contextlib` sets it."""
+
+    @__traceback__.setter
+    def __traceback__(self, traceback: object) -> None:
+        pass
 
 
 @app.main()

@@ -41,6 +41,8 @@ def main() -> None:
     except (ConfigError, FederationError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
+    except signals.Stopped:
+        signals.end(lambda: None)  # the federation has ended
 
 
 def _overrides(given: list[str]) -> tuple[str, int]:

@@ -242,11 +242,13 @@ class Federation:
 def end(process: "subprocess.Popen[bytes]") -> None:
     """End a program, and what it has started."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(END_TIMEOUT)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_TIMEOUT)
+    finally:  # also after a signal
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:

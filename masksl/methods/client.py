@@ -361,7 +361,9 @@ class Client:
                 metrics["test_samples"] = len(self.test_part())
                 self.restore(content)
             except (DatasetError, FrameError) as error:
-                return messages.failure(error)
+                failure = messages.failure(error)
+                failure[messages.METRICS] = self.metrics(partition=self.number)
+                return failure
         return RecordDict({messages.METRICS: MetricRecord(metrics)})
 
     def save(self) -> RecordDict:

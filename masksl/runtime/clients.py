@@ -128,7 +128,7 @@ class ClientManager:
         greeting = dict.fromkeys(grid.get_node_ids(), self._greeting())
         clients: dict[int, ClientInfo] = {}
         for reply in self._send(greeting, messages.HELLO):
-            metrics = metrics_of(_content(reply, messages.HELLO))
+            metrics = metrics_of(_content(reply, _greeted(reply)))
             if "train_samples" in metrics:
                 number = metrics["partition"]
                 node_id = reply.metadata.src_node_id
@@ -343,6 +343,14 @@ def _divide(round_: "Round", replies: Iterable[RecordDict], seconds: float) -> N
     spent["clients"] += compute
     spent["codec"] += codec
     spent["exchange"] += max(0.0, seconds - compute - codec)
+
+
+def _greeted(reply: Message) -> str:
+    """Return what begins the error line of a reply to a greeting."""
+    metrics = {} if reply.has_error() else metrics_of(reply.content)
+    if "partition" not in metrics:
+        return messages.HELLO
+    return f"{messages.HELLO}, client {metrics['partition']}"
 
 
 def _content(reply: Message, place: str) -> RecordDict:

@@ -194,6 +194,8 @@ class SuperlinkGrid(CallGrid):
             node = waiting[reply.metadata.reply_to_message_id]
             guest = self._guests[node]
             guest.message = ""
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                continue  # it is invited again once it is back
             guest.failures += 1
             guest.reason = "it hung up"
             if reply.has_error():
@@ -229,8 +231,9 @@ class SuperlinkGrid(CallGrid):
                 self._spare.clear()  # one of them may have the same partition
 
     def _is_hopeless(self) -> bool:
-        """Return whether nodes failed to start, and there is no other to wait for."""
-        return any(g.failures for g in self._guests.values()) and not self._candidates()
+        """Return whether nodes failed too often, and there is no other to wait for."""
+        failed = any(g.failures >= MOST_FAILURES for g in self._guests.values())
+        return failed and not self._candidates()
 
     def _missing(self, waited: float) -> str:
         """Return in one line which clients are missing after a time, and why."""
