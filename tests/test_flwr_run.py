@@ -1,5 +1,6 @@
 """``flwr run``: a configuration from conf/ in the bundle, on a local SuperLink."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from flwr.app import Context, RecordDict
 from flwr.cli.build import build_fab_from_disk
 
+from masksl import client_app, server_app
+from masksl.engine.local import open_grid
 from tests.conftest import ROOT, train
 
 FLWR = Path(sys.executable).with_name("flwr")
@@ -56,7 +60,7 @@ COMPOSED = """
 import sys
 from masksl import config, dataset, server_app
 settings = config.compose(
-    [server_app.FLWR_RUN, *config.split_overrides({"overrides": sys.argv[1]})]
+    ["engine=flower", *config.split_overrides({"overrides": sys.argv[1]})]
 )
 print(server_app.__file__, settings["engine.name"], settings["compressor.name"])
 print(len(dataset.load(dataset.DatasetConfig()).train.labels))
@@ -82,6 +86,19 @@ def test_a_bundle_has_all_that_a_run_needs(project: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     composed = f"{bundle}/masksl/server_app.py flower qu\n1437\n"
     assert done.stdout == composed
+
+
+def test_a_run_that_fails_says_so_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Flower logs what the ServerApp raises, with its traceback."""
+    context = Context(1, 0, {}, RecordDict(), {"overrides": "rounds=0"})
+    with pytest.raises(server_app.RunFailed) as caught:
+        server_app.app(open_grid(client_app.app, 1), context)
+    logging.getLogger("flwr").error("failed", exc_info=caught.value)
+    text = logging.Formatter().format(caplog.records[-1])
+    failed = "rounds=0: must be a whole number from 1 on"
+    assert text == f"failed\nmasksl.server_app.RunFailed: {failed}"
 
 
 @pytest.mark.slow
