@@ -43,7 +43,7 @@ from masksl.settings import (
 from masksl.strategy import Observer, RoundStrategy
 
 AUTO = "auto"  # value of resume: continue in the run's own folder
-PATIENCE = 60.0  # seconds that clients have to connect
+PATIENCE = 60.0  # seconds that clients have to connect; streams have their own
 PLAIN = (
     "engine=%s: every exchange goes through Flower's messages and takes seconds; "
     "engine=superlink engine.address=HOST:PORT opens a stream for each client"
@@ -118,7 +118,7 @@ def carried(grid: Grid, settings: Settings) -> Iterator[Grid]:
     ConfigError
         If the nodes are simulated and can have no streams.
     EngineError
-        If the streams have no address.
+        If the streams have no address, or the server cannot listen.
     """
     deployed, name = is_deployed(grid), settings["engine.name"]
     if name != "superlink":

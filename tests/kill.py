@@ -22,9 +22,7 @@ def kill_at(place: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_mortal(
-    method: ClientMethod, happens: Callable[[str], None] = kill_at
-) -> None:
+def make_mortal(method: ClientMethod, happens: Callable[[str], None] = kill_at) -> None:
     """Let something happen before a client answers: by default its process dies.
 
     It is called with the place: a message type, a round and a client.

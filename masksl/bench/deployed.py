@@ -87,10 +87,11 @@ def measure(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
         project.mkdir()
         (project / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
         with Federation(Path(folder) / "federation", NODES) as federation:
-            federation.submit(project, json.dumps(plan), log="run").wait()
+            federation.wait(federation.submit(project, json.dumps(plan), log="run"))
             returned = federation.folder / RETURNED
             if not returned.exists():
-                raise FederationError("the run that times exchanges failed")
+                lines = (federation.folder / "run.log").read_text(encoding="utf-8")
+                raise FederationError(f"the run failed:\n{lines}")
             timed = json.loads(returned.read_text(encoding="utf-8"))
     rows = [{"engine": STREAMS, "bytes": n} for n in sizes]
     rows.append({"engine": PLAIN, "bytes": sizes[0]})
@@ -105,7 +106,8 @@ def _main(grid: Grid, context: Context) -> None:
     """Time exchanges by streams, then by Flower's messages; write the seconds."""
     plan = json.loads(str(context.run_config["overrides"]))
     wait_for_clients(grid, NODES, patience=60.0)
-    options = SuperlinkOptions(address=f"{LOOPBACK}:{plan['port']}")
+    address = f"{LOOPBACK}:{plan['port']}"
+    options = SuperlinkOptions(address=address, bind=address)
     with closing(SuperlinkGrid(grid, NODES, options)) as streams:
         timed = [time_exchanges(streams, n, plan["repeats"]) for n in plan["sizes"]]
     timed.append(time_exchanges(grid, plan["sizes"][0], plan["repeats"]))

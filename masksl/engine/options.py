@@ -14,6 +14,7 @@ _NOT_NEGATIVE = "a number from 0 on"
 _WHOLE = "a whole number from 1 on"
 MOST_HOSTS = 1024  # processes by mistake would take all memory
 MOST_MIB = 1024  # gRPC can send twice as much in a message
+MOST_PORT = 65535
 _PORT = "HOST:PORT"
 _HOST_PORT = r"^(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):\d{1,5}$"
 _PINS = "null or a list of entries RESOURCE FIRST-LAST [KEY=VALUE ...]"
@@ -232,12 +233,19 @@ class SuperlinkOptions(EngineOptions, frozen=True):
         2, ge=1, le=MOST_HOSTS, description=f"a whole number from 1 to {MOST_HOSTS}"
     )
 
+    @field_validator("address", "bind")
+    @classmethod
+    def _check_port(cls, value: str | None) -> str | None:
+        if value is not None and int(value.rpartition(":")[2]) > MOST_PORT:
+            raise ValueError(f"{value!r}: must have a port of at most {MOST_PORT}")
+        return value
+
     @property
     def where(self) -> str:
         """``host:port`` at which the server listens."""
         if self.bind is not None:
             return self.bind
-        return f"0.0.0.0:{(self.address or ':0').rpartition(':')[2]}"
+        return f"0.0.0.0:{str(self.address).rpartition(':')[2]}"
 
 
 ENGINES: dict[str, type[EngineOptions]] = {

@@ -9,7 +9,13 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from masksl import config, signals
+from masksl import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()  # first: the imports below take seconds
+
+# pylint: disable=wrong-import-position,ungrouped-imports
+from masksl import config
 from masksl.config import ConfigError
 from masksl.federation.processes import LOOPBACK, Federation, FederationError, free_port
 from masksl.runtime.results import SUMMARY
@@ -29,13 +35,12 @@ def main() -> None:
         "--folder", type=Path, default=Path("outputs/federation") / stamp
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     signals.unwind()
     try:
         overrides, clients = _overrides(arguments.overrides)
         with Federation(arguments.folder, clients) as federation:
-            process = federation.submit(PROJECT, overrides)
-            process.wait()
+            federation.wait(federation.submit(PROJECT, overrides))
         if not list(federation.folder.glob(f"outputs/*/*/{SUMMARY}")):
             raise FederationError(f"the run did not finish; see {federation.folder}")
     except (ConfigError, FederationError) as error:
@@ -47,13 +52,16 @@ def main() -> None:
 
 def _overrides(given: list[str]) -> tuple[str, int]:
     """Return the overrides of the run, quoted as in a shell, and its clients."""
-    streams = f"engine.address='{LOOPBACK}:{free_port()}'"
-    overrides = ["engine=superlink", streams, *given]
+    address = f"'{LOOPBACK}:{free_port()}'"
+    streams = f"engine.address={address}", f"engine.bind={address}"
+    overrides = ["engine=superlink", *streams, *given]
     settings = config.compose(overrides)
     for key in PATHS:  # the run has another directory
         value = settings[key]
         if value not in ("null", AUTO):
-            overrides.append(f"{key}={Path(str(value)).absolute()}")
+            path = str(Path(str(value)).absolute())
+            quoted = path.replace("\\", r"\\").replace("'", r"\'")
+            overrides.append(f"{key}='{quoted}'")
     return shlex.join(overrides), int(settings["clients"])
 
 

@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from masksl.federation import keys
+from masksl.signals import WORDS
 
 LOOPBACK = "127.0.0.1"
 NAME = "fed"  # of the federation in the configuration of `flwr`
@@ -52,11 +55,9 @@ class Federation:
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder.absolute()
         self._number = nodes
-        self._stack = ExitStack()
+        self._processes: list[subprocess.Popen[bytes]] = []
         self.address = f"{LOOPBACK}:{free_port()}"
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self.superlink: subprocess.Popen[bytes]
-        self.superexec: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
         """Start everything; if that fails, end it again."""
@@ -67,13 +68,24 @@ class Federation:
             for number in range(self._number):
                 self.nodes.append(self.start_node(number))
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End everything that was started, the newest first."""
-        self._stack.close()
+        """End everything that was started."""
+        self.close()
+
+    def close(self) -> None:
+        """End everything: runs and nodes, then the SuperLink; remove the keys.
+
+        Meanwhile signals are ignored, so that nothing is left behind.
+        """
+        with _without_signals():
+            end(*self._processes[2:])
+            end(*self._processes[:2])
+            self._processes = []
+            _remove_keys(self.folder / "keys")
 
     # --- what is started --------------------------------------------------------------
 
@@ -82,7 +94,7 @@ class Federation:
         keep = self.folder / "keys"
         secret = ("--superexec-auth-secret-file", str(keep / "secret"))
         host, _, port = self.address.rpartition(":")
-        self.superlink = self._start(
+        superlink = self._start(
             "superlink",
             "flower-superlink",
             *("--host", host, "--port", port, "--isolation", "process", *secret),
@@ -93,8 +105,8 @@ class Federation:
             "--disable-runtime-dependency-installation",
             log="superlink",
         )
-        self._wait_for_port(self.superlink, int(port))
-        self.superexec = self._start(
+        self._wait_for_port(superlink, int(port))
+        self._start(
             "superexec",
             "flower-superexec",
             *("--runtime-api-address", self.address, *self._root_certificates, *secret),
@@ -124,10 +136,10 @@ class Federation:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
                 raise FederationError(f"{self.folder}: must be empty")
-            keep.mkdir(mode=0o700)
+            self.folder.chmod(0o700)  # the SuperLink stores tokens
+            keep.mkdir()
         except OSError as error:
             raise FederationError(f"{self.folder}: {error.strerror}") from error
-        self._stack.callback(_remove_keys, keep)
         keys.write_server_keys(keep, ("localhost", LOOPBACK))
         keys.write_secret(keep / "secret")
         for number in range(self._number):
@@ -145,9 +157,7 @@ class Federation:
         """Register the public key of every node."""
         for number in range(self._number):
             public = self.folder / f"keys/node-{number}.pub"
-            done = self.flwr("supernode", "register", str(public), NAME, check=False)
-            if done.returncode:
-                raise FederationError(f"node {number} is not registered: {done.stderr}")
+            self.flwr("supernode", "register", str(public), NAME)
 
     # --- flwr -------------------------------------------------------------------------
 
@@ -159,19 +169,25 @@ class Federation:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def flwr(
-        self, *arguments: str, check: bool = True
-    ) -> "subprocess.CompletedProcess[str]":
+    def flwr(self, *arguments: str) -> str:
         """Run a command of `flwr` and return what it printed."""
-        return subprocess.run(
-            [str(BIN / "flwr"), *arguments],
-            env=self.environment("user"),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=check,
-            stdin=subprocess.DEVNULL,
-        )
+        try:
+            done = subprocess.run(
+                [str(BIN / "flwr"), *arguments],
+                env=self.environment("user"),
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                timeout=START_TIMEOUT,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FederationError(f"flwr {arguments[0]}: no answer") from error
+        if done.returncode:
+            printed = " ".join((done.stdout + done.stderr).split())
+            raise FederationError(f"flwr {arguments[0]}: {printed}")
+        return done.stdout
 
     def submit(
         self, project: Path, overrides: str, log: str | None = None
@@ -191,6 +207,22 @@ class Federation:
         config.write_text(f"overrides = {json.dumps(overrides)}\n", encoding="utf-8")
         arguments = (str(project), NAME, "--stream", "--run-config", str(config))
         return self._start("user", "flwr", "run", *arguments, log=log)
+
+    def wait(self, run: "subprocess.Popen[bytes]") -> None:
+        """Wait for the end of a run.
+
+        Raises
+        ------
+        FederationError
+            If the SuperLink or its SuperExec ends before.
+        """
+        while run.poll() is None:
+            for name, process in zip(
+                ("superlink", "superexec"), self._processes, strict=False
+            ):
+                if process.poll() is not None:
+                    raise FederationError(f"{name} ended; see {self.folder}/{name}.log")
+            time.sleep(POLL)
 
     # --- processes --------------------------------------------------------------------
 
@@ -222,7 +254,7 @@ class Federation:
                 stderr=None if output is None else subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._stack.callback(end, process)
+        self._processes.append(process)
         return process
 
     def _wait_for_port(self, process: "subprocess.Popen[bytes]", port: int) -> None:
@@ -231,7 +263,8 @@ class Federation:
         while True:
             with suppress(OSError):
                 socket.create_connection((LOOPBACK, port), POLL).close()
-                return
+                if process.poll() is None:  # else somebody else listens there
+                    return
             if process.poll() is not None or time.monotonic() > deadline:
                 raise FederationError(
                     f"the SuperLink does not start; see {self.folder}/superlink.log"
@@ -239,16 +272,32 @@ class Federation:
             time.sleep(POLL)
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a program, and what it has started."""
-    process.terminate()
-    try:
+def end(*processes: "subprocess.Popen[bytes]") -> None:
+    """End programs, and what they have started."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + END_TIMEOUT
+    for process in processes:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(END_TIMEOUT)
-    finally:  # also after a signal
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Ignore the signals that end a program, if this is its main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in WORDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_port() -> int:
@@ -259,6 +308,8 @@ def free_port() -> int:
 
 
 def _remove_keys(folder: Path) -> None:
+    if not folder.exists():
+        return
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()

@@ -73,6 +73,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], field: str) -> None:
         ({"address": "https://server:8443"}, "address"),
         ({"address": "::1:8443"}, "address"),
         ({"address": 8443}, "address"),
+        ({"address": "server:65536"}, "address"),
         ({"bind": ":8443"}, "bind"),
         ({"bind": "0.0.0.0:123456"}, "bind"),
         ({"patience": 0.0}, "patience"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -185,6 +186,44 @@ def test_a_network_that_is_gone_for_long_starts_clients_anew() -> None:
         proxy.target = grid.port
         replies = ask(grid, "query.count", data_content(b"x"))
         assert [r.content["seen"]["count"] for r in replies] == [1, 1]
+
+
+def test_a_stream_may_break_while_its_client_computes() -> None:
+    """It is opened again meanwhile, and the computation is not repeated."""
+    proxy = Proxy(seed=4)
+    address = f"localhost:{proxy.port}"
+    with (
+        closing(proxy),
+        streams(1, address=address, bind="127.0.0.1:0", reconnect=1.0) as grid,
+    ):
+        proxy.target = grid.port
+        assert len(ask(grid, "query.count", data_content(b"x"))) == 1
+        threading.Timer(0.5, proxy.cut, kwargs={"everything": True}).start()
+        (reply,) = ask(grid, "query.sleep")  # for three seconds
+        assert not reply.has_error()
+        (reply,) = ask(grid, "query.count", data_content(b"x"))
+        assert reply.content["seen"]["count"] == 2
+        assert proxy.cuts == 1
+
+
+def test_an_exchange_that_is_interrupted_leaves_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted), streams() as grid:
+        ask(grid, "query.count", data_content(b"x"))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            ask(grid, "query.sleep")
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    assert "Task was destroyed" not in capfd.readouterr().err
 
 
 def test_errors_of_clients_are_replies() -> None:

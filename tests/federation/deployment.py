@@ -16,11 +16,11 @@ from masksl.federation import processes
 from masksl.federation.processes import Federation
 from masksl.runtime import results
 from tests.conftest import ROOT, untimed
-from tests.federation.plugin_hold import HOLD
 
 CLIENTS = 2
 ACCEPTED = "SuperNode ID: "  # in the log of a SuperNode
 PLUGIN = "plugins=[tests.federation.plugin_hold]"
+HOLD = "MASKSL_TEST_HOLD"  # see `tests.federation.plugin_hold`
 BEGIN = 180.0  # seconds until a run is in its rounds, on a busy machine
 END = 300.0  # seconds until it has ended, after a fault that Flower notices in 60 s
 
@@ -92,9 +92,7 @@ class Deployment(Federation):
 
     def run_ids(self) -> dict[str, str]:
         """Return the status of every run by its id."""
-        listed = json.loads(
-            self.flwr("list", processes.NAME, "--format", "json").stdout
-        )
+        listed = json.loads(self.flwr("list", processes.NAME, "--format", "json"))
         return {run["run-id"]: run["status"] for run in listed["runs"]}
 
 

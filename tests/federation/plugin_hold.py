@@ -13,12 +13,10 @@ from masksl.methods.fedavg.client import CLIENT as FEDAVG
 from masksl.methods.split.client import CLIENT as SPLIT
 from tests.kill import make_mortal
 
-HOLD = "MASKSL_TEST_HOLD"
-
 
 def hold_at(place: str) -> None:
     """Wait if the place is that of the file."""
-    order = Path(os.environ[HOLD])
+    order = Path(os.environ["MASKSL_TEST_HOLD"])
     if not order.exists() or order.read_text(encoding="utf-8") != place:
         return
     held, part = order.with_suffix(".held"), order.with_suffix(".part")

@@ -27,6 +27,7 @@ from tests.federation.deployment import (
     BEGIN,
     CLIENTS,
     END,
+    HOLD,
     PLUGIN,
     Clock,
     Deployment,
@@ -42,7 +43,6 @@ from tests.federation.deployment import (
     servers_of,
     wait_for,
 )
-from tests.federation.plugin_hold import HOLD
 
 pytestmark = pytest.mark.slow
 

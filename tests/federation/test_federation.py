@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 
+from masksl import config
 from masksl.federation import __main__ as command
 from masksl.federation import keys
 from masksl.federation.processes import Federation, FederationError
@@ -85,9 +86,15 @@ def test_a_wrong_job_is_refused_before_anything_starts(
 def test_paths_of_a_job_are_those_of_where_it_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my data (2), Jörg's = ours"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     text, clients = command._overrides(["clients=3", "dataset=mnist"])
     assert clients == 3
-    first, address, *rest = shlex.split(text)
+    first, address, bind, *rest = shlex.split(text)
     assert (first, address[:26]) == ("engine=superlink", "engine.address='127.0.0.1:")
-    assert rest == ["clients=3", "dataset=mnist", f"dataset.root={tmp_path}/data"]
+    assert bind == address.replace("address", "bind")
+    root = str(folder / "data")
+    quoted = root.replace("'", r"\'")
+    assert rest == ["clients=3", "dataset=mnist", f"dataset.root='{quoted}'"]
+    assert config.compose(shlex.split(text))["dataset.root"] == root

@@ -1,5 +1,6 @@
 """Nodes that are lost: how that is noticed, and how long they are waited for."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -81,9 +82,10 @@ def test_a_process_that_was_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     """Its machine goes on to confirm what it is sent."""
     short = [(key, v // 10 if key.endswith("_ms") else v) for key, v in KEEPALIVE]
     monkeypatch.setattr(server, "KEEPALIVE", short)
-    with streams(LocalNodes) as (nodes, grid):
+    with streams(LocalNodes) as (_, grid):
         assert list(grid.get_node_ids()) == [1]
-        (pid,) = nodes.pids()
+        (pid,) = (process.pid for process in multiprocessing.active_children())
+        assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         try:
             sent = Message(data_content(b"x"), 1, "query.count")

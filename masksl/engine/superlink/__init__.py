@@ -14,7 +14,7 @@ from masksl.engine import Shared
 from masksl.engine.nodes import run_ids, run_server_app, set_task_identity
 from masksl.engine.options import SuperlinkOptions
 
-ANY = "localhost:0"  # any free port of this machine
+ANY = "127.0.0.1:0"  # any free port, for this machine alone
 
 
 def run(
@@ -45,9 +45,8 @@ def run(
     # pylint: enable=import-outside-toplevel
     run_id = next(run_ids)
     set_task_identity(run_id)
-    options = options.model_copy(
-        update={"address": options.address or ANY, "starting": clients}
-    )
+    own = {"address": ANY, "bind": ANY} if options.address is None else {}
+    options = options.model_copy(update=own | {"starting": clients})
     nodes = LocalNodes(client_app, run_id, clients, options.hosts)
     with closing(nodes), closing(SuperlinkGrid(nodes, clients, options)) as grid:
         grid.invite()

@@ -5,11 +5,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
 import grpc
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from masksl.engine import EngineError
 from masksl.engine.nodes import answer
@@ -92,23 +94,35 @@ class _Client:
         partition = int(context.node_config["partition-id"])
         first = {"instance": secrets.token_hex(16), "partition": partition}
         self._first = wire.encode(wire.BYE, first)
-        self._last: tuple[int, bytes] = wire.BYE, b""
-        self._admitted = False  # whether the last stream was
+        self._last: tuple[int, Future[bytes]] = wire.BYE, Future()
+        # Answers are made in a thread of their own: meanwhile a stream may break and
+        # be opened again.
+        self._worker = ThreadPoolExecutor(1, "answers")
+        self._admitted: float | None = None  # when the last stream was
+        self._heard = False  # whether a request came through it
 
     def run(self) -> None:
-        """Answer requests; open the stream again whenever it breaks."""
+        """Answer requests until the server says bye."""
+        try:
+            self._keep_stream()
+        finally:
+            self._worker.shutdown()
+
+    def _keep_stream(self) -> None:
+        """Open the stream again whenever it breaks."""
         patience = float(self._invitation["reconnect"])
         pause, end = FIRST_PAUSE, time.monotonic() + patience
         while True:
-            self._admitted = False
+            self._admitted, self._heard = None, False
             try:
-                if self._answer_stream():
+                if self._serve_stream():
                     return
                 reason = "the server closed it"
             except grpc.RpcError as error:
                 reason = self._check(error)
-            if self._admitted:
-                pause, end = FIRST_PAUSE, time.monotonic() + patience
+            now = time.monotonic()
+            if self._heard or (self._admitted or now) + patience < now:
+                pause, end = FIRST_PAUSE, now + patience
             if time.monotonic() > end:
                 address = self._invitation["address"]
                 raise EngineError(f"{address}: no stream for {patience:g} s ({reason})")
@@ -122,14 +136,14 @@ class _Client:
         reason = f"{error.code().name}: {error.details()}"
         exhausted = error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         # Before it is admitted: others have taken all streams, for the moment.
-        if error.code() in FINAL or (exhausted and self._admitted):
+        if error.code() in FINAL or (exhausted and self._admitted is not None):
             raise EngineError(
                 f"{self._invitation['address']}: refused ({reason})"
             ) from error
         return reason
 
-    def _answer_stream(self) -> bool:
-        """Open a stream and answer its requests; return whether it ended in order."""
+    def _serve_stream(self) -> bool:
+        """Open a stream and serve it; return whether it ended in order."""
         replies: SimpleQueue[bytes | None] = SimpleQueue()
         replies.put(self._first)
         with self._channel() as channel:
@@ -139,11 +153,15 @@ class _Client:
             requests = call(_until_none(replies), metadata=credentials)
             try:
                 requests.initial_metadata()  # comes once the server has admitted it
-                self._admitted = requests.is_active()
+                if requests.is_active():
+                    self._admitted = time.monotonic()
                 for request in requests:
                     if wire.number_of(request) == wire.BYE:
                         return True
-                    replies.put(self._reply(request))
+                    self._heard = True
+                    self._reply(request).add_done_callback(
+                        lambda reply: replies.put(reply.result())
+                    )
             finally:
                 replies.put(None)
                 requests.cancel()
@@ -163,25 +181,33 @@ class _Client:
             ),
         )
 
-    def _reply(self, request: bytes) -> bytes:
-        """Return the reply to a request: the one made before if it comes again."""
+    def _reply(self, request: bytes) -> "Future[bytes]":
+        """Return the reply to a request: the one begun before if it comes again."""
         number = wire.number_of(request)
         if number != self._last[0]:
-            self._last = number, self._answer(number, request)
+            self._last = number, self._worker.submit(self._answer, number, request)
         return self._last[1]
 
     def _answer(self, number: int, request: bytes) -> bytes:
-        head, content = wire.decode(request)
-        kind, group = str(head["kind"]), str(head["group"])
-        message = Message(content, self._context.node_id, kind, group_id=group)
-        reply = answer(self._client_app, message, self._context)
-        if reply.has_error():
-            error = [reply.error.code, reply.error.reason or ""]
-            return wire.encode(number, {"error": error})
-        data = wire.encode(number, {}, reply.content)
+        """Return the reply to a request, whatever happens."""
+        try:
+            head, content = wire.decode(request)
+            kind, group = str(head["kind"]), str(head["group"])
+            message = Message(content, self._context.node_id, kind, group_id=group)
+            reply = answer(self._client_app, message, self._context)
+            if reply.has_error():
+                return _error(number, reply.error.code, reply.error.reason or "")
+            data = wire.encode(number, {}, reply.content)
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            code = ErrorCode.CLIENT_APP_CRASHED
+            return _error(number, code, f"{type(error).__name__}: {error}")
         if len(data) > self._invitation["max_message"]:
             return wire.encode(number, {"too_long": len(data)})
         return data
+
+
+def _error(number: int, code: int, reason: str) -> bytes:
+    return wire.encode(number, {"error": [code, reason]})
 
 
 def _until_none(queue: "SimpleQueue[bytes | None]") -> Iterator[bytes]:

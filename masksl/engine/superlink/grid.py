@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -14,7 +15,9 @@ from masksl.engine.nodes import CallGrid
 from masksl.engine.options import SuperlinkOptions
 from masksl.engine.superlink import wire
 from masksl.engine.superlink.certificate import RunCertificate
-from masksl.engine.superlink.server import StreamLost, StreamServer
+from masksl.engine.superlink.server import StreamServer
+from masksl.engine.superlink.session import StreamLost
+from masksl.engine.superlink.wire import WireError
 
 TTL = 30 * 24 * 3600.0  # seconds that an invitation is valid, Flower's default is 12 h
 MOST_FAILURES = 3  # after so many a node is not invited again
@@ -24,6 +27,16 @@ SLOW = 60.0  # seconds after which a node that starts makes room for another
 REPEAT = 90.0  # seconds after which an invitation may have been lost with its node
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _asking_flower() -> Iterator[None]:
+    """Turn whatever Flower's grid raises into `EngineError`."""
+    try:
+        yield
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EngineError(f"the SuperLink does not answer ({reason})") from error
 
 
 @dataclass
@@ -148,8 +161,10 @@ class SuperlinkGrid(CallGrid):
             return False
         if time.monotonic() > self._polled + FLOWER_POLL:
             self._polled = time.monotonic()
-            self._read_errors()
-            self._online = set(self._flower.get_node_ids())
+            with _asking_flower():
+                self._read_errors()
+                self._online = set(self._flower.get_node_ids())
+            self._forget_absent()
             starting = sum(guest.is_starting for guest in self._guests.values())
             for node in sorted(self._candidates()):
                 guest = self._guests.setdefault(node, _Guest())
@@ -180,9 +195,9 @@ class SuperlinkGrid(CallGrid):
             }
         )
         content = RecordDict({wire.INVITATION: invitation})
-        (message,) = self._flower.push_messages(
-            [Message(content, node, wire.SERVE, ttl=TTL)]
-        )
+        sent = Message(content, node, wire.SERVE, ttl=TTL)
+        with _asking_flower():
+            (message,) = self._flower.push_messages([sent])
         guest.message, guest.invited = message or "", time.monotonic()
 
     def _read_errors(self) -> None:
@@ -229,6 +244,14 @@ class SuperlinkGrid(CallGrid):
             if node in lost:
                 del self._serving[partition]
                 self._spare.clear()  # one of them may have the same partition
+        for node in lost.keys() & self._guests.keys():
+            self._guests[node].message = ""  # its token is of no use any more
+
+    def _forget_absent(self) -> None:
+        """Forget what nodes did that have left; they may come back as others."""
+        self._spare &= self._online
+        for node in self._guests.keys() - self._online:
+            self._guests[node].failures = 0
 
     def _is_hopeless(self) -> bool:
         """Return whether nodes failed too often, and there is no other to wait for."""
@@ -272,7 +295,10 @@ class SuperlinkGrid(CallGrid):
         self._number += 1
         kind = message.metadata.message_type
         head = {"kind": kind, "group": message.metadata.group_id}
-        data = wire.encode(self._number, head, message.content)
+        try:
+            data = wire.encode(self._number, head, message.content)
+        except WireError as error:
+            raise EngineError(f"{kind}: {error}") from error
         self._check_length(kind, len(data))
         return data
 
@@ -284,13 +310,12 @@ class SuperlinkGrid(CallGrid):
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=sent)
         try:
             head, content = wire.decode(outcome)
-            error = head.get("error")
-            if error is not None:
-                return Message(Error(int(error[0]), str(error[1])), reply_to=sent)
-            length = int(head.get("too_long", 0))
-        except (IndexError, TypeError, ValueError) as wrong:
+        except WireError as error:
             partition = self._partition(sent.metadata.dst_node_id)
-            raise EngineError(f"client {partition}: {wrong}") from wrong
+            raise EngineError(f"client {partition}: {error}") from error
+        if "error" in head:
+            return Message(Error(*head["error"]), reply_to=sent)
+        length = head.get("too_long", 0)
         self._check_length(f"reply to {sent.metadata.message_type}", length)
         return Message(content, reply_to=sent)
 

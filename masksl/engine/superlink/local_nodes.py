@@ -59,10 +59,6 @@ class LocalNodes(CallGrid):
         ]
         self._host_of = {node: host for host in self._hosts for node in host.nodes}
 
-    def pids(self) -> list[int]:
-        """Return the process id of every process that runs."""
-        return [host.pid for host in self._hosts if host.is_alive]
-
     def exchange(
         self, messages: Sequence[Message], timeout: float | None
     ) -> list[Message]:
@@ -108,12 +104,6 @@ class _Host:
         self._pipe: Connection | None = None
 
     @property
-    def pid(self) -> int:
-        """Process id."""
-        assert self._process is not None
-        return self._process.pid or 0
-
-    @property
     def is_alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.is_alive()
@@ -121,6 +111,8 @@ class _Host:
     def send(self, identity: str, node: int, message: Message) -> None:
         """Deliver a message to a node; start the process if it does not run."""
         if not self.is_alive:
+            if self._pipe is not None:
+                self._pipe.close()  # of the process that died
             spawn = multiprocessing.get_context("spawn")
             self._pipe, end = spawn.Pipe()
             arguments = (*self._arguments, end)

@@ -15,7 +15,6 @@ import logging
 import secrets
 import threading
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
@@ -23,6 +22,7 @@ import grpc
 from masksl.engine import EngineError
 from masksl.engine.superlink import wire
 from masksl.engine.superlink.certificate import RunCertificate
+from masksl.engine.superlink.session import Session, Stream, StreamLost
 from masksl.engine.superlink.wire import (
     KEEPALIVE,
     KEEPALIVE_TIME,
@@ -60,109 +60,27 @@ def _is_fault(record: logging.LogRecord) -> bool:
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
 
 
-class StreamLost(RuntimeError):
-    """Raised when a client does not come back; the text says why."""
-
-
-@dataclass(eq=False)
-class _Stream:
-    """One stream of a client; the newest of them counts.
-
-    Attributes
-    ----------
-    wake : asyncio.Event
-        Set when there is a request to send, or the stream must end.
-    """
-
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(eq=False)
-class _Session:
-    """What the server knows of an invited client.
-
-    Attributes
-    ----------
-    token : str
-        Valid until the session ends.
-    instance : str
-        Names the process of the client; empty before its first stream. No other may
-        take its place, because the state of the client is in that process.
-    partition : int
-        The client's partition; -1 before its first stream.
-    stream : _Stream | None
-        The stream that counts, None while there is none.
-    number : int
-        Number of the last request.
-    request : bytes | None
-        The last request as long as it is not answered.
-    reply : asyncio.Future[bytes] | None
-        Gets the reply to it.
-    ending : bool
-        Whether the client is told to close its stream.
-    timer : asyncio.TimerHandle | None
-        Ends the wait for a stream that broke.
-    lost : str
-        Why the client is lost; empty as long as it is not.
-    """
-
-    token: str
-    instance: str = ""
-    partition: int = -1
-    stream: _Stream | None = None
-    number: int = 0
-    request: bytes | None = None
-    reply: asyncio.Future[bytes] | None = None
-    ending: bool = False
-    timer: asyncio.TimerHandle | None = None
-    lost: str = ""
-
-    def attach(self, stream: _Stream) -> None:
-        """Let a stream take the place of the one before."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        older, self.stream = self.stream, stream
-        if older is not None:
-            older.wake.set()
-
-    def lose(self, reason: str) -> None:
-        """Give the client up."""
-        self.lost = self.lost or reason
-        self.request = None
-        if self.reply is not None and not self.reply.done():
-            self.reply.set_exception(StreamLost(reason))
-        if self.stream is not None:
-            self.stream.wake.set()
-
-    def end(self) -> None:
-        """Tell the client to close its stream, once its last request is answered."""
-        self.ending = True
-        if self.stream is not None:
-            self.stream.wake.set()
-
-    async def ask(self, data: bytes) -> bytes:
-        """Send a request and return the reply.
-
-        Raises
-        ------
-        StreamLost
-            If the client is lost.
-        """
-        if self.lost:
-            raise StreamLost(self.lost)
-        self.request, self.number = data, wire.number_of(data)
-        self.reply = asyncio.get_running_loop().create_future()
-        if self.stream is not None:
-            self.stream.wake.set()
-        return await self.reply
-
-    def answer(self, data: bytes) -> None:
-        """Accept the reply to the last request; ignore one that came before."""
-        if wire.number_of(data) == self.number and self.request is not None:
-            self.request = None
-            if self.reply is not None and not self.reply.done():
-                self.reply.set_result(data)
+def _make_server(clients: int, max_message: int) -> grpc.aio.Server:
+    """Return a gRPC server that accepts so many clients and bytes of a message."""
+    streams = 2 * clients + SPARE_STREAMS
+    return grpc.aio.server(
+        maximum_concurrent_rpcs=streams,
+        options=(
+            *KEEPALIVE,
+            ("grpc.max_receive_message_length", max_message),
+            ("grpc.max_send_message_length", max_message),
+            ("grpc.max_concurrent_streams", SPARE_STREAMS),  # of a connection
+            ("grpc.max_allowed_incoming_connections", streams + SPARE_CONNECTIONS),
+            ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT * 1000)),
+            ("grpc.max_connection_idle_ms", int(IDLE_TIMEOUT * 1000)),
+            ("grpc.max_metadata_size", FIRST_BYTES),
+            ("grpc.so_reuseport", 0),
+            (
+                "grpc.http2.min_ping_interval_without_data_ms",
+                int(KEEPALIVE_TIME * 500),
+            ),
+        ),
+    )
 
 
 class StreamServer:
@@ -207,7 +125,7 @@ class StreamServer:
         self._reconnect = reconnect
         self._max_message = max_message
         self._certificate = certificate
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="streams", daemon=True
@@ -230,7 +148,7 @@ class StreamServer:
         async def invite() -> str:
             if node in self._sessions:
                 self._sessions[node].lose("it was invited again")
-            session = self._sessions[node] = _Session(secrets.token_hex(32))
+            session = self._sessions[node] = Session(secrets.token_hex(32))
             return session.token
 
         return self._call(invite())
@@ -291,7 +209,12 @@ class StreamServer:
 
     def _call(self, task: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the event loop and return its result."""
-        return asyncio.run_coroutine_threadsafe(task, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(task, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # perhaps this thread was interrupted
+            future.cancel()
+            raise
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -302,25 +225,7 @@ class StreamServer:
 
     async def _start(self) -> tuple[grpc.aio.Server, int]:
         """Start the gRPC server; return it and its port."""
-        streams = 2 * self._clients + SPARE_STREAMS
-        server = grpc.aio.server(
-            maximum_concurrent_rpcs=streams,
-            options=(
-                *KEEPALIVE,
-                ("grpc.max_receive_message_length", self._max_message),
-                ("grpc.max_send_message_length", self._max_message),
-                ("grpc.max_concurrent_streams", SPARE_STREAMS),  # of a connection
-                ("grpc.max_allowed_incoming_connections", streams + SPARE_CONNECTIONS),
-                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT * 1000)),
-                ("grpc.max_connection_idle_ms", int(IDLE_TIMEOUT * 1000)),
-                ("grpc.max_metadata_size", FIRST_BYTES),
-                ("grpc.so_reuseport", 0),
-                (
-                    "grpc.http2.min_ping_interval_without_data_ms",
-                    int(KEEPALIVE_TIME * 500),
-                ),
-            ),
-        )
+        server = _make_server(self._clients, self._max_message)
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),)
@@ -347,7 +252,7 @@ class StreamServer:
         if session is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSED)
             return
-        stream = _Stream()
+        stream = Stream()
         try:
             await self._admit(session, stream, context)
             while session.stream is stream and not session.lost:
@@ -369,7 +274,7 @@ class StreamServer:
         finally:
             self._left(session, stream)
 
-    def _authenticated(self, context: grpc.aio.ServicerContext) -> _Session | None:
+    def _authenticated(self, context: grpc.aio.ServicerContext) -> Session | None:
         """Return the session of the token of a call, None if it is of no session.
 
         A client that is lost must end its process, to be started anew.
@@ -388,7 +293,7 @@ class StreamServer:
         return session if matches and session is not None and not session.lost else None
 
     async def _admit(
-        self, session: _Session, stream: _Stream, context: grpc.aio.ServicerContext
+        self, session: Session, stream: Stream, context: grpc.aio.ServicerContext
     ) -> None:
         """Read the first message of a stream and let it be that of its session."""
         try:
@@ -426,7 +331,7 @@ class StreamServer:
                 return bytes(reply)
         return None
 
-    def _left(self, session: _Session, stream: _Stream) -> None:
+    def _left(self, session: Session, stream: Stream) -> None:
         """Wait for a stream that has ended to come back, unless another took over."""
         if session.stream is not stream:
             return
@@ -442,8 +347,13 @@ class StreamServer:
             node: asyncio.ensure_future(self._sessions[node].ask(data))
             for node, data in requests.items()
         }
-        if tasks:
-            await asyncio.wait(tasks.values(), timeout=timeout)
+        try:
+            if tasks:
+                await asyncio.wait(tasks.values(), timeout=timeout)
+        except asyncio.CancelledError:
+            for task in tasks.values():
+                task.cancel()
+            raise
         outcomes: dict[int, bytes | StreamLost] = {}
         for node, task in tasks.items():
             if not task.done():
@@ -457,6 +367,8 @@ class StreamServer:
 
     async def _close(self) -> None:
         for session in self._sessions.values():
+            if session.request is not None:
+                session.lose("the run has ended")
             session.end()
         began = self._loop.time()
         while self._loop.time() < began + END_TIMEOUT:
