@@ -11,6 +11,8 @@ from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tests fork beside the threads of gRPC, whose handlers of a fork can abort the child.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # A Ray hands the variables of its start on; see the fixture `order`.
 os.environ["MASKSL_TEST_KILL"] = f"{tempfile.gettempdir()}/masksl-kill-{os.getpid()}"
 # Threads that wait for each other in a loop take the cores from the tests beside them.

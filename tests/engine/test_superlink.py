@@ -132,7 +132,7 @@ def test_every_request_is_handled_once_whatever_is_cut() -> None:
 
         def cut() -> None:
             while proxy.cuts < 100:
-                time.sleep(drawn.random() * 0.2)
+                time.sleep(drawn.random() * 0.12)
                 proxy.cut()
             over.set()
 
@@ -147,7 +147,7 @@ def test_every_request_is_handled_once_whatever_is_cut() -> None:
                 (array,) = reply.content["data"].values()
                 assert array.data == expected
         assert proxy.cuts >= 100
-        assert exchanges > 50
+        assert exchanges > 30
 
 
 def test_a_client_that_is_gone_is_invited_again(caplog: Any) -> None:
