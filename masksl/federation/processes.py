@@ -77,13 +77,14 @@ class Federation:
         self.close()
 
     def close(self) -> None:
-        """End everything: runs and nodes, then the SuperLink; remove the keys.
+        """End runs and nodes, then the SuperExec, then the SuperLink; remove the keys.
 
-        Meanwhile signals are ignored, so that nothing is left behind.
+        The SuperLink waits for those that are connected. Meanwhile signals are ignored,
+        so that nothing is left behind.
         """
         with _without_signals():
-            end(*self._processes[2:])
-            end(*self._processes[:2])
+            for part in (slice(2, None), slice(1, 2), slice(1)):
+                end(*self._processes[part])
             self._processes = []
             _remove_keys(self.folder / "keys")
 

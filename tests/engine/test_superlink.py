@@ -77,7 +77,7 @@ def ask(
         ("method=fedavg",),
         pytest.param(("client_sync=step",), marks=pytest.mark.slow),
         pytest.param(("client_sync=never",), marks=pytest.mark.slow),
-        pytest.param(("method=fedpm", "model=mlp"), marks=pytest.mark.slow),
+        pytest.param(("method=fedpm",), marks=pytest.mark.slow),
         pytest.param(("method=flash",), marks=pytest.mark.slow),
         pytest.param(("method=sasg",), marks=pytest.mark.slow),
     ],
