@@ -147,7 +147,7 @@ def test_every_request_is_handled_once_whatever_is_cut() -> None:
                 (array,) = reply.content["data"].values()
                 assert array.data == expected
         assert proxy.cuts >= 100
-        assert exchanges > 30
+        assert exchanges > 5
 
 
 def test_a_client_that_is_gone_is_invited_again(caplog: Any) -> None:
