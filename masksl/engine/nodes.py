@@ -2,7 +2,7 @@
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from traceback import format_exception_only
 from typing import Any
@@ -92,7 +92,7 @@ class CallGrid(Grid):
         self._run = Run.create_empty(run_id)
         self._nodes = range(1, clients + 1)
         self._replies: dict[str, Message] = {}
-        self._sent = 0
+        self._numbers = itertools.count(1)
 
     @abstractmethod
     def exchange(
@@ -135,7 +135,7 @@ class CallGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, keep the replies for `pull_messages`, return the ids."""
-        sent = self._assign_ids(messages)
+        sent = with_ids(messages, self._numbers)
         for reply in self.exchange(sent, None):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in sent]
@@ -152,19 +152,19 @@ class CallGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages and return the replies received within ``timeout`` seconds."""
-        return self.exchange(self._assign_ids(messages), timeout)
+        return self.exchange(with_ids(messages, self._numbers), timeout)
 
-    def _assign_ids(self, messages: Iterable[Message]) -> list[Message]:
-        """Give messages the ids that replies refer to.
 
-        Flower 1.41 has no setter for the id: its own grids write this private entry too
-        (``flwr/superlink/grid/inmemory_grid.py``).
-        """
-        sent = list(messages)
-        for message in sent:
-            self._sent += 1
-            message.metadata.__dict__["_message_id"] = str(self._sent)
-        return sent
+def with_ids(messages: Iterable[Message], numbers: Iterator[int]) -> list[Message]:
+    """Give messages the ids that replies refer to.
+
+    Flower 1.41 has no setter for the id: its own grids write this private entry too
+    (``flwr/superlink/grid/inmemory_grid.py``).
+    """
+    sent = list(messages)
+    for message in sent:
+        message.metadata.__dict__["_message_id"] = str(next(numbers))
+    return sent
 
 
 def node_configs(clients: int) -> dict[int, dict[str, Any]]:

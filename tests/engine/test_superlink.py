@@ -14,9 +14,10 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from masksl import main, server_app
+from masksl import client_app, main, server_app
 from masksl.config import ConfigError
 from masksl.engine import EngineError
+from masksl.engine.local import open_grid
 from masksl.engine.nodes import run_ids, set_task_identity
 from masksl.engine.options import SuperlinkOptions
 from masksl.engine.superlink import grid as grids
@@ -309,10 +310,9 @@ def test_an_address_that_is_taken_ends_a_run_with_one_line() -> None:
 
 def test_flowers_own_grid_carries_the_run_unless_it_is_deployed() -> None:
     settings = settings_of("engine=superlink", "engine.address='localhost:0'")
-    with closing(LocalNodes(APPS, 1, 1, 1)) as simulated:
-        with pytest.raises(ConfigError) as caught:
-            with server_app.carried(simulated, settings):
-                pass
+    with pytest.raises(ConfigError) as caught:
+        with server_app.carried(open_grid(client_app.app, 1), settings):
+            pass
     assert str(caught.value) == (
         "engine.name='superlink': must be another engine, because the nodes are "
         "simulated"

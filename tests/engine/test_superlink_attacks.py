@@ -1,5 +1,6 @@
 """Peers that attack the server of a run are refused, while the run goes on."""
 
+import itertools
 import logging
 import socket
 import struct
@@ -14,9 +15,10 @@ import grpc
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.supercore.run import Run as FlowerRun
 
 from masksl.engine import EngineError
-from masksl.engine.nodes import CallGrid, set_task_identity
+from masksl.engine.nodes import set_task_identity, with_ids
 from masksl.engine.options import SuperlinkOptions
 from masksl.engine.superlink import client, server, wire
 from masksl.engine.superlink.certificate import RunCertificate
@@ -493,20 +495,19 @@ def test_a_thousand_connections_are_few_to_the_server(
 # --- replies of a client that was invited ---------------------------------------------
 
 
-class ThreadNodes(CallGrid):
+class ThreadNodes:
     """Nodes that are threads: the last answers what a test says, the others well."""
 
     def __init__(self) -> None:
-        super().__init__(1, len(GOOD))
+        self.run = FlowerRun.create_empty(1)
         self.answer: Callable[[bytes], list[bytes]] = echo
+        self._numbers = itertools.count(1)
 
-    def exchange(
-        self, messages: Iterable[Message], timeout: float | None
-    ) -> list[Message]:
-        raise NotImplementedError
+    def get_node_ids(self) -> Iterable[int]:
+        return list(range(1, len(GOOD) + 1))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        sent = self._assign_ids(messages)
+        sent = with_ids(messages, self._numbers)
         for message in sent:
             node = message.metadata.dst_node_id
             target = self._bad if node == GOOD[-1] else superlink_peers.serve

@@ -123,7 +123,7 @@ class _Client:
             now = time.monotonic()
             if self._heard or (self._admitted or now) + patience < now:
                 pause, end = FIRST_PAUSE, now + patience
-            if time.monotonic() > end:
+            if now > end:
                 address = self._invitation["address"]
                 raise EngineError(f"{address}: no stream for {patience:g} s ({reason})")
             logger.warning("the stream broke (%s) and is opened again", reason)

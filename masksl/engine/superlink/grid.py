@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 
 from masksl.engine import EngineError
 from masksl.engine.nodes import CallGrid
@@ -27,6 +28,23 @@ SLOW = 60.0  # seconds after which a node that starts makes room for another
 REPEAT = 90.0  # seconds after which an invitation may have been lost with its node
 
 logger = logging.getLogger(__name__)
+
+
+class Inviter(Protocol):
+    """What delivers invitations: Flower's grid, or nodes of this machine."""
+
+    @property
+    def run(self) -> Run:
+        """The run of the messages."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are connected."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver messages and return their ids."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to messages that are there."""
 
 
 @contextmanager
@@ -82,8 +100,8 @@ class SuperlinkGrid(CallGrid):
 
     Parameters
     ----------
-    flower : Grid
-        Flower's grid, through which nodes are invited.
+    flower : Inviter
+        Flower's grid, or what stands in for it.
     clients : int
         Partitions that must be served. Other nodes are told to close their streams.
     options : SuperlinkOptions
@@ -97,7 +115,9 @@ class SuperlinkGrid(CallGrid):
         Port at which it listens.
     """
 
-    def __init__(self, flower: Grid, clients: int, options: SuperlinkOptions) -> None:
+    def __init__(
+        self, flower: Inviter, clients: int, options: SuperlinkOptions
+    ) -> None:
         super().__init__(flower.run.run_id, 0)
         self._flower = flower
         self._clients = clients

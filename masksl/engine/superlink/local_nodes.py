@@ -4,9 +4,10 @@ They deliver invitations to processes that this program starts itself. Everythin
 the invitation is as in a federation: the same streams, certificate, tokens, handlers.
 """
 
+import itertools
 import multiprocessing
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.supercore.run import Run
 
 from masksl.engine.nodes import (
-    CallGrid,
     answer,
     import_attribute,
     node_configs,
     set_task_identity,
+    with_ids,
 )
 from masksl.engine.superlink.client import serve
 from masksl.engine.superlink.wire import SERVE
@@ -31,8 +33,8 @@ END_TIMEOUT = 5.0  # seconds for the processes to exit at the end
 Nodes = dict[int, dict[str, Any]]
 
 
-class LocalNodes(CallGrid):
-    """A grid of nodes that are kept by processes of this machine.
+class LocalNodes:
+    """Nodes that are kept by processes of this machine.
 
     It delivers invitations and reports errors, as Flower does. A process that died is
     started again for the next invitation to one of its nodes.
@@ -47,11 +49,17 @@ class LocalNodes(CallGrid):
         Number of nodes.
     hosts : int
         Number of processes; each keeps neighbouring partitions.
+
+    Attributes
+    ----------
+    run : Run
+        The run, as Flower's grids have it.
     """
 
     def __init__(self, client_app: str, run_id: int, clients: int, hosts: int) -> None:
-        super().__init__(run_id, clients)
+        self.run = Run.create_empty(run_id)
         configs = node_configs(clients)
+        self._numbers = itertools.count(1)
         self._delivered: dict[str, Message] = {}
         self._hosts = [
             _Host(client_app, run_id, {int(node): configs[int(node)] for node in part})
@@ -59,15 +67,13 @@ class LocalNodes(CallGrid):
         ]
         self._host_of = {node: host for host in self._hosts for node in host.nodes}
 
-    def exchange(
-        self, messages: Sequence[Message], timeout: float | None
-    ) -> list[Message]:
-        """Not called: invitations are pushed, and only errors are pulled."""
-        raise NotImplementedError
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids in the order of the partitions."""
+        return list(self._host_of)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver invitations; start the processes that do not run."""
-        sent = self._assign_ids(messages)
+        sent = with_ids(messages, self._numbers)
         for message in sent:
             identity, node = message.metadata.message_id, message.metadata.dst_node_id
             self._delivered[identity] = message
@@ -82,7 +88,7 @@ class LocalNodes(CallGrid):
         return [
             Message(
                 Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, errors[identity]),
-                reply_to=self._delivered[identity],
+                reply_to=self._delivered.pop(identity),
             )
             for identity in message_ids
             if identity in errors
