@@ -24,6 +24,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ec", {"context": "none"}),
     ("ec", {"bits": 2.32}),
 ]
+# Bytes that the interpreter itself may take meanwhile: some pages.
+SLACK = 2**16
 
 
 def check() -> None:
@@ -38,8 +40,13 @@ def check() -> None:
             compressor.encode(tensor[:16])  # what is loaded and kept at first use
             before = memory("VmRSS", reset_peak=True)
             frame = compressor.encode(tensor)
-            extra = (memory("VmHWM") - before) / tensor.nbytes
-            assert 0 < extra <= 3, (name, options, signed, extra)
+            extra = memory("VmHWM") - before
+            assert 0 < extra <= 3 * tensor.nbytes + SLACK, (
+                name,
+                options,
+                signed,
+                extra,
+            )
             del frame
     check_masks()
 
@@ -59,8 +66,12 @@ def check_masks() -> None:
         compressor.encode(mask[:16], reference=part)
         before = memory("VmRSS", reset_peak=True)
         frame = compressor.encode(mask, reference=reference)
-        extra = (memory("VmHWM") - before) / mask.nbytes
-        assert 0 < extra <= most, (code, reference is not None, extra)
+        extra = memory("VmHWM") - before
+        assert 0 < extra <= most * mask.nbytes + SLACK, (
+            code,
+            reference is not None,
+            extra,
+        )
         del frame
 
 
