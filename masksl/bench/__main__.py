@@ -75,7 +75,7 @@ def main() -> None:
     engines = commands.add_parser(
         "engine", help="exchanges, training steps and memory on every engine"
     )
-    parts = ("exchanges", "deployed", "steps", "iterations", "memory")
+    parts = ("exchanges", "deployed", "steps", "compression", "iterations", "memory")
     engines.add_argument("--parts", nargs="+", choices=parts, default=parts)
     engines.add_argument("--clients", nargs="+", type=int, default=(10, 100, 1000))
     sizes = 1_000, 120_000, 1_200_000

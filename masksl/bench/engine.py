@@ -1,8 +1,9 @@
 """Benchmark of the engines: ``python -m masksl.bench engine``.
 
 It prints tables: the time of an exchange; the time of a training step, compared with a
-bare PyTorch loop over the unsplit network; the parts of an iteration of SASG; the
-memory of all processes of a run, by number of clients.
+bare PyTorch loop over the unsplit network; training with and without compression; the
+parts of an iteration of SASG; the memory of all processes of a run, by number of
+clients.
 """
 
 import argparse
@@ -14,10 +15,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from masksl.bench import deployed, exchanges, iterations, memory, steps
+from masksl.bench import (
+    compression,
+    deployed,
+    exchanges,
+    iterations,
+    memory,
+    steps,
+)
 from masksl.engine import ENGINES
 
 Row = dict[str, Any]
+
+PARTS = ("exchanges", "deployed", "steps", "compression", "iterations", "memory")
 
 # Overrides of the jobs whose training steps are timed; the second needs CIFAR-10.
 JOBS: dict[str, tuple[str, ...]] = {
@@ -37,8 +47,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         The number of cores, and the rows of each part.
     """
     report: dict[str, Any] = {"cores": os.cpu_count()}
-    parts = ("exchanges", "deployed", "steps", "iterations", "uploads", "memory")
-    report |= {part: [] for part in parts}
+    report |= {part: [] for part in (*PARTS, "uploads")}
     root = f"dataset.root={arguments.root}"
     if "exchanges" in arguments.parts:
         report["exchanges"] = _exchanges(arguments)
@@ -49,6 +58,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         report["deployed"] = rows
     if "steps" in arguments.parts:
         report["steps"] = _steps(root)
+    if "compression" in arguments.parts:
+        _announce("training with compressors")
+        report["compression"] = compression.measure(root)
     if "iterations" in arguments.parts:
         report |= _iterations(root)
     if "memory" in arguments.parts:
@@ -148,17 +160,17 @@ def show(report: Mapping[str, Any]) -> None:
         | {"times_superlink": ",.2f"},
         report["deployed"],
     )
-    percent = [
-        row | {name: f"{share:.0%}" for name, share in row["shares"].items()}
-        for row in report["steps"]
-    ]
-    shares = {name: "" for row in report["steps"] for name in row["shares"]}
-    _show(
+    _show_shares(
         f"training steps, {cores}",
         {"job": "", "engine": "", "step_ms": ",.1f", "samples_per_second": ",.0f"}
-        | {"times_ray": ".2f", "times_bare": ".2f"}
-        | shares,
-        [dict.fromkeys(shares, "") | row for row in percent],
+        | {"times_ray": ".2f", "times_bare": ".2f"},
+        report["steps"],
+    )
+    _show_shares(
+        f"training with compressors, ResNet8, CIFAR-10, ten clients, {cores}",
+        {"precision": "", "engine": "", "compressor": ""}
+        | {"samples_per_second": ",.0f", "times_none": ".2f"},
+        report["compression"],
     )
     _show(
         f"iterations of SASG, MNIST, ten workers, {cores}",
@@ -179,6 +191,16 @@ def show(report: Mapping[str, Any]) -> None:
         | {"client_step_ms": ".2f", "round_seconds": ".1f", "rebuilt_graphs": ","},
         report["memory"],
     )
+
+
+def _show_shares(title: str, columns: Mapping[str, str], rows: list[Row]) -> None:
+    """Print rows, and their shares of the time in percent."""
+    names = dict.fromkeys(name for row in rows for name in row["shares"])
+    percent = [
+        row | {name: f"{row['shares'].get(name, 0):.0%}" for name in names}
+        for row in rows
+    ]
+    _show(title, {**columns, **dict.fromkeys(names, "")}, percent)
 
 
 def _show(title: str, columns: Mapping[str, str], rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from masksl.bench import engine, exchanges, iterations, memory, steps
+from masksl.bench import compression, engine, exchanges, iterations, memory, steps
 from tests.conftest import settings_of
 
 
@@ -34,6 +34,18 @@ def test_steps_of_the_bare_loop_and_of_an_engine() -> None:
     engine._add_ratios(rows, "step_ms", "bare loop", ("job",))
     assert rows[0]["times_bare"] == 1
     assert rows[1]["times_bare"] == rows[1]["step_ms"] / rows[0]["step_ms"]
+
+
+def test_training_with_compressors(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("clients=2", "dataset.limit=52", "dataset.test_limit=10")
+    monkeypatch.setattr(compression, "JOB", small)
+    monkeypatch.delitem(compression.PLACES, "ray")
+    monkeypatch.delitem(compression.PRECISIONS, "bfloat16")
+    rows = compression.measure("dataset.root=data", repeats=2)
+    assert [row["compressor"] for row in rows] == ["none", "ms", "ec"]
+    speeds = [row["samples_per_second"] for row in rows]
+    assert [row["times_none"] for row in rows] == [speeds[0] / s for s in speeds]
+    assert 0 < rows[0]["shares"]["codec"] < rows[2]["shares"]["codec"] < 1
 
 
 def test_the_bare_loop_has_the_network_of_the_run() -> None:
