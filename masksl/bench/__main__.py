@@ -46,7 +46,9 @@ def main() -> None:
     pictured = commands.add_parser(
         "pictures", help="ec beside picture coders, on a run's activations"
     )
-    pictured.add_argument("--run", type=Path, required=True, help="folder of the run")
+    pictured.add_argument(
+        "--run", type=Path, required=True, nargs="+", help="folders of runs"
+    )
 
     kept = commands.add_parser("masks", help="FedPM's masks and votes, by each code")
     kept.add_argument("--repeats", type=int, default=5, help="times each is timed")
@@ -126,8 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
             result |= coding.measure(*given)
             coding.show(result)
         case "pictures":
-            result |= pictures.measure(arguments.run, arguments.root)
-            pictures.show(result)
+            result["networks"] = pictures.measure(arguments.run, arguments.root)
+            pictures.show(result["networks"])
         case "masks":
             result["rows"] = masks.measure(arguments.repeats)
             masks.show(result["rows"])

@@ -21,60 +21,79 @@ from rich.table import Table
 from masksl.bench.coding import SAMPLES, Row, frames_of
 from masksl.compress import decode, make
 
-ERRORS = (0.4, 0.25, 0.15)
+ERRORS = (0.4, 0.25, 0.15, 0.05)
 FRAMES = 2  # of each cut
 _TOP = 0.9999  # quantile that is white: a few larger elements would darken all others
 _CODERS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "AVIF": (
         "avif",
         "AVIF",
-        [{"quality": q, "speed": 6, "subsampling": "4:0:0"} for q in range(5, 95, 3)],
+        [{"quality": q, "speed": 6, "subsampling": "4:0:0"} for q in range(4, 101)],
     ),
     "JPEG 2000": (
         *("jpg_2000", "JPEG2000"),
         [
             {"irreversible": True, "quality_mode": "rates", "quality_layers": [rate]}
-            for rate in np.geomspace(3, 60, 40).tolist()
+            for rate in np.geomspace(1, 60, 100).tolist()
         ],
     ),
-    "WebP": ("webp", "WEBP", [{"quality": q, "method": 4} for q in range(2, 100, 3)]),
-    "JPEG": ("jpg", "JPEG", [{"quality": q} for q in range(2, 96, 3)]),
+    "WebP": ("webp", "WEBP", [{"quality": q, "method": 4} for q in range(1, 101)]),
+    "JPEG": ("jpg", "JPEG", [{"quality": q} for q in range(1, 101)]),
 }
 
 
-def measure(run: Path, root: str) -> Row:
+def measure(runs: Iterable[Path], root: str) -> list[Row]:
     """Return bits an element by cut and error, of `ec` and of each picture coder.
 
     Parameters
     ----------
-    run : Path
-        Folder of a run with a checkpoint, see `masksl.bench.activations.trained`.
+    runs : Iterable[Path]
+        Folders of runs with a checkpoint, see `masksl.bench.activations.trained`.
     root : str
         Folder of the data sets.
+
+    Returns
+    -------
+    list[Row]
+        For each run facts of its network and the rows of its table.
     """
+    return [_network(run, root) for run in runs]
+
+
+def _network(run: Path, root: str) -> Row:
+    """Return facts and rows of a run's network."""
     frames, network = frames_of(run, root, augmented=True)
     rows = []
     for cut, tensors in frames.items():
-        for error in ERRORS:
-            found = [_bits(tensor, error) for tensor in tensors[:FRAMES]]
+        found = [_bits(tensor, ERRORS) for tensor in tensors[:FRAMES]]
+        for error, several in zip(ERRORS, zip(*found, strict=True), strict=True):
             row: Row = {"cut": cut, "error": error}
-            for name in found[0]:
-                values = [each[name] for each in found]
+            for name in several[0]:
+                values = [each[name] for each in several]
                 known = [value for value in values if value is not None]
                 row[name] = mean(known) if len(known) == len(values) else None
             rows.append(row)
     return {"network": network, "rows": rows}
 
 
-def _bits(tensor: torch.Tensor, error: float) -> dict[str, float | None]:
-    """Return bits an element of one frame by coder, None where no setting does."""
-    frame = make("ec", error=error).encode(tensor)
-    most = _error(decode(frame).numpy(), tensor.numpy())
-    found: dict[str, float | None] = {"ec": 8 * len(frame) / tensor.numel()}
-    for name in _coders():
-        sizes = [size for size, own in _files(name, tensor) if own <= most]
-        found[name] = 8 * min(sizes) / tensor.numel() if sizes else None
-    return found
+def _bits(
+    tensor: torch.Tensor, errors: Iterable[float]
+) -> list[dict[str, float | None]]:
+    """Return bits an element of one frame by coder, None where no setting does.
+
+    There is an entry for each error.
+    """
+    files = {name: list(_files(name, tensor)) for name in _coders()}
+    result = []
+    for error in errors:
+        frame = make("ec", error=error).encode(tensor)
+        most = _error(decode(frame).numpy(), tensor.numpy())
+        found: dict[str, float | None] = {"ec": 8 * len(frame) / tensor.numel()}
+        for name, several in files.items():
+            sizes = [size for size, own in several if own <= most]
+            found[name] = 8 * min(sizes) / tensor.numel() if sizes else None
+        result.append(found)
+    return result
 
 
 def _coders() -> Iterable[str]:
@@ -117,8 +136,13 @@ def _error(decoded: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(decoded - exact) / np.linalg.norm(exact))
 
 
-def show(result: Row) -> None:
-    """Print the rows as a table."""
+def show(networks: Iterable[Row]) -> None:
+    """Print a table for each network."""
+    for result in networks:
+        _show(result)
+
+
+def _show(result: Row) -> None:
     network = result["network"]
     title = f"{network['model']}, {network['dataset']}, top-1 {network['top1']:.2%}"
     table = Table(title=f"{title}; bits an element, frames of {SAMPLES}")

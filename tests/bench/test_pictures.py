@@ -18,7 +18,8 @@ def test_maps_of_a_mosaic_are_side_by_side() -> None:
 def test_picture_coders_stay_below_the_error_of_ec() -> None:
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(4, 8, 16, 16, generator=generator).relu()
-    found = pictures._bits(tensor, 0.4)
+    low, found = pictures._bits(tensor, (0.2, 0.4))
+    assert low["ec"] and found["ec"] and low["ec"] > found["ec"]
     assert found["ec"] and "JPEG" in found and len(found) >= 2
     for name, bits in found.items():
         if name != "ec" and bits is not None:
