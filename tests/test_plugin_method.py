@@ -181,7 +181,7 @@ def test_a_method_of_ones_own(engine: str, tmp_path: Path) -> None:
     done = run(tmp_path, engine, first, order=order)
     assert not order.exists(), "nobody was killed"
     folder = tmp_path / "first"
-    if engine == "ray":  # the host is replaced and the run goes on
+    if engine in ("ray", "superlink"):  # who died is replaced and the run goes on
         assert done.returncode == 0, done.stderr
     else:
         assert done.returncode != 0
