@@ -49,7 +49,7 @@ def half_set() -> int:
 
 @pytest.fixture(scope="module")
 def by_round() -> Training:
-    return train(*OVERRIDES)
+    return train(*OVERRIDES, "client_sync=round")
 
 
 def test_every_byte_of_a_run_is_counted(by_round: Training) -> None:
@@ -117,7 +117,7 @@ def test_bytes_of_gradients_at_kept_positions(
 ) -> None:
     """A frame of the k values in one dimension, for every client and step."""
     options = ("compressor=sp", "compressor.sparsity=0.95", "gradient_positions=kept")
-    training = train(*OVERRIDES, *options, *compressor)
+    training = train(*OVERRIDES, "client_sync=round", *options, *compressor)
     counts = [size * UNIT for sizes in TRAIN_STEPS for size in sizes]
     kept = [count // 20 for count in counts]
     down = sum(28 + 4 + header + bits * k // 8 for k in kept)

@@ -34,7 +34,7 @@ class SplitConfig(Section):
     name: Literal["split"] = Field("split", description="split")
     cut: int | str = Field("shallow", description="a number of units or a named cut")
     client_sync: Literal["step", "round", "never"] = Field(
-        "round", description="one of step, round, never"
+        "step", description="one of step, round, never"
     )
     gradient_positions: Literal["all", "kept"] = Field(
         "all", description="one of all, kept"
