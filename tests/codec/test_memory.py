@@ -208,6 +208,7 @@ def growth(call: Callable[[], torch.Tensor]) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process")
+@pytest.mark.slow
 def test_decoding_takes_at_most_four_bytes_an_element() -> None:
     run_alone("tests.codec.test_memory")
 

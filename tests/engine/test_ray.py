@@ -38,7 +38,7 @@ def run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("hosts", "overrides"),
     [
-        (1, ("client_sync=round",)),
+        pytest.param(1, ("client_sync=round",), marks=pytest.mark.slow),
         pytest.param(2, ("client_sync=step",), marks=pytest.mark.slow),
         pytest.param(
             *(2, ("client_sync=never", "dataset.partition=dirichlet")),
@@ -129,6 +129,7 @@ def test_a_host_that_cannot_start_is_reported() -> None:
         RayGrid("no_such_module:app", 1, 2, RayOptions(), None)
 
 
+@pytest.mark.slow
 def test_a_running_ray_is_used_again_if_it_has_enough_cpus() -> None:
     ray_session.start(None, 1)
     node = ray.get_runtime_context().get_node_id()
