@@ -182,6 +182,17 @@ def elements_of(levels: np.ndarray, number: int, count: int) -> np.ndarray:
     return total
 
 
+def maps_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return the number of a tensor's maps, their height and their width.
+
+    A map is the last two dimensions. Two dimensions are one map, fewer are one row.
+    """
+    if len(shape) < 3:
+        rows = shape[0] if len(shape) == 2 else 1
+        return 1, rows, math.prod(shape) // rows
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
 @lru_cache(maxsize=1)
 def loops() -> ModuleType:
     """Import the compiled loops, and run each once with every type."""
@@ -201,6 +212,9 @@ def loops() -> ModuleType:
     for kind in (np.float32, np.float64):
         numbers = kind(1), kind(0), kind(255)
         kernels.quantize(np.zeros(1, kind), *numbers, tables[1], bits, *tables)
+        kernels.round_at_random(
+            np.zeros(4, kind), (1, 2, 2), 1.0, 1.0, tables[1], symbols
+        )
     if not hasattr(kernels.put_plane, "stats"):
         _log.warning("entropy coding runs as plain Python, which is very slow")
     elif kernels.put_plane.stats.cache_misses:
@@ -260,16 +274,14 @@ def _unary(symbols: np.ndarray, alphabet: int, shape: tuple[int, ...]) -> int:
 def _maps(shape: tuple[int, ...], unary: int) -> tuple[int, int, int, int, int]:
     """Return batch, channels, height and width, and how far apart second contexts are.
 
-    Two dimensions are one map, fewer are one row. Channels share contexts where these
-    would be more than half as many as elements.
+    Channels share contexts where these would be more than half as many as elements.
     """
+    maps, height, width = maps_of(shape)
     if len(shape) < 3:
-        rows = shape[0] if len(shape) == 2 else 1
-        return 1, 1, rows, math.prod(shape) // rows, 0
-    batch, (channels, height, width) = math.prod(shape[:-3]), shape[-3:]
+        return 1, 1, height, width, 0
     apart = _SECOND * unary
-    many = 2 * channels * apart > math.prod(shape)
-    return batch, channels, height, width, 0 if many else apart
+    many = 2 * shape[-3] * apart > math.prod(shape)
+    return maps // shape[-3], shape[-3], height, width, 0 if many else apart
 
 
 @lru_cache(maxsize=64)

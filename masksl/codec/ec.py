@@ -21,7 +21,7 @@ from masksl.codec.base import (
     Shape,
 )
 from masksl.codec.bits import pack_bits, packed_size, spans, unpack_bits
-from masksl.codec.coder import decode_plane, encode_plane
+from masksl.codec.coder import decode_plane, encode_plane, maps_of
 from masksl.codec.options import check_choice, check_number
 from masksl.codec.quantizer import Elements, Quantized, Quantizer, Target, choose
 
@@ -121,9 +121,10 @@ class EntropyCodedQuantization(Compressor):
         finish = partial(self._finished, flat=flat, shape=shape, signed=signed)
         if self.step is not None and self.rounding == "stochastic":
             generator = torch.Generator().manual_seed(seed)
-            drawn = torch.rand(len(flat), generator=generator).numpy()
+            maps = maps_of(shape)
+            drawn = torch.rand(maps[0], generator=generator, dtype=torch.float64)
             most = torch.finfo(flat.dtype).max
-            quantized = elements.rounded_at_random(self.step, most, drawn)
+            quantized = elements.rounded_at_random(self.step, most, maps, drawn.numpy())
             _, (lengths, parts) = finish(quantized)
         else:
             target = Target(self.step, self.bits, self.error, self.deadzone)

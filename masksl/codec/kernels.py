@@ -46,6 +46,7 @@ MAGNITUDES = 9
 # A probability, of a one, is a number of 32 bits: the upper 22 are the probability,
 # the lower ten how often it was updated. 0 is a probability that was never updated.
 EVEN = 1 << 31
+BELOW_ONE = 1 - 2**-53  # the largest float64 below one
 # Number of updates after which a probability adapts at a constant rate.
 _LIMIT = 127  # of contexts
 _LIMIT_ESCAPE = 1023
@@ -374,6 +375,48 @@ def quantize(work, step, shift, last, middles, symbols, counts, sums, squares):
             counts[at] += 1
             sums[at] += away
             squares[at] += away * away
+
+
+@_compiled
+def round_at_random(work, maps, width, highest, drawn, symbols):
+    """Round numbers of steps up or down at random, without bias.
+
+    The elements of a map are visited row by row, to the right and to the left in turn.
+    The number drawn for the map is added to the first. The fraction that rounding down
+    takes off is added to the next, and so on. Each of these fractions is uniform like
+    the drawn number, so that no element has a bias. The errors of neighbours cancel.
+
+    Parameters
+    ----------
+    work : numpy.ndarray
+        float32 or float64, shape (d,).
+    maps : tuple[int, int, int]
+        Number of maps, their height and their width.
+    width : float
+        Width of a step.
+    highest : float
+        Elements of that many steps or more get symbol 255.
+    drawn : numpy.ndarray
+        float64, shape (maps,): a number from 0 to less than 1 for each map.
+    symbols : numpy.ndarray
+        uint8, shape (d,); filled with magnitudes in steps.
+    """
+    number, height, across = maps
+    for plane in range(number):
+        rest = drawn[plane]
+        for y in range(height):
+            start = (plane * height + y) * across
+            for x in range(across):
+                i = start + (across - 1 - x if y & 1 else x)
+                steps = np.float64(work[i]) / width
+                if abs(steps) >= highest:
+                    symbols[i] = 255
+                    continue
+                steps += rest
+                down = np.floor(steps)
+                # A tiny negative number plus one is one, which is not less than one.
+                rest = min(steps - down, BELOW_ONE)
+                symbols[i] = np.uint8(abs(down))
 
 
 # --- masks ----------------------------------------------------------------------------

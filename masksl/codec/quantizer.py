@@ -12,7 +12,6 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from masksl.codec.bits import BLOCK
 from masksl.codec.coder import loops
 
 T = TypeVar("T")
@@ -125,13 +124,13 @@ class Elements:
         return self._summed(symbols, middles, *(each[:size] for each in tables))
 
     def rounded_at_random(
-        self, step: float, most: float, drawn: np.ndarray
+        self, step: float, most: float, maps: tuple[int, int, int], drawn: np.ndarray
     ) -> Quantized:
         """Return the elements rounded to multiples of a step without bias.
 
-        A magnitude of m steps becomes floor(m + drawn). Where that could be more than
-        the last symbol but one, or more than the tensor's type holds, it is sent
-        exactly.
+        `masksl.codec.kernels.round_at_random` describes how. An element that could
+        become more than the last symbol but one, or more than the tensor's type holds,
+        is sent exactly.
 
         Parameters
         ----------
@@ -139,20 +138,16 @@ class Elements:
             Width of a step in standard deviations of the elements.
         most : float
             The largest number of the type of the tensor.
+        maps : tuple[int, int, int]
+            Number of maps, their height and their width.
         drawn : numpy.ndarray
-            float32, shape (d,): a number from 0 to less than 1 for each element.
+            float64, shape (maps,): a number from 0 to less than 1 for each map.
         """
         width = step * self.spread
         highest = float(np.ldexp(most, -self._exponent)) / width
         highest = math.floor(min(highest, Quantizer.LAST - 1))
         symbols = np.empty(self.work.size, np.uint8)
-        for start in range(0, len(symbols), BLOCK):
-            part = slice(start, start + BLOCK)
-            steps = np.abs(self.work[part]).astype(np.float64) / width
-            exact = steps >= highest
-            steps += drawn[part]
-            steps[exact] = Quantizer.LAST
-            symbols[part] = steps
+        loops().round_at_random(self.work, maps, width, float(highest), drawn, symbols)
         counts = np.bincount(symbols)
         multiples = np.where(
             np.arange(len(counts)) <= highest, np.arange(len(counts)), 0

@@ -294,6 +294,20 @@ def test_stochastic_rounding_is_unbiased_over_many_draws() -> None:
     check_unbiased(10_000)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 9, 7), (5, 12, 1), (40, 25), (600,)])
+def test_errors_of_neighbours_cancel(shape: tuple[int, ...]) -> None:
+    """The error of a sum along the path through a map is always less than a step."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
+    decoded = decode(make("ec", step=3.0, rounding="stochastic").encode(tensor, seed=5))
+    maps = ((decoded - tensor) / (3 * tensor.std(correction=0))).numpy()
+    rows = maps.reshape(coder.maps_of(shape)).copy()
+    rows[:, 1::2] = rows[:, 1::2, ::-1]
+    sums = rows.reshape(len(rows), -1).cumsum(1)
+    sums = np.concatenate([np.zeros((len(sums), 1)), sums], 1)
+    assert (np.ptp(sums, axis=1) < 1 + 1e-9).all()
+    assert np.square(maps).mean() > 0.1
+
+
 def test_stochastic_rounding_gives_multiples_of_the_step() -> None:
     generator = torch.Generator().manual_seed(1)
     tensor = torch.randn(2, 8, 16, 16, generator=generator)
