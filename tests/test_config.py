@@ -406,7 +406,7 @@ def test_text_is_read_by_the_type_of_its_field() -> None:
 def test_files_of_groups_agree_with_the_code() -> None:
     for slot in config.COMPRESSOR_GROUPS:
         assert stems(slot) == stems("compressor")
-    variants = {"ec_unbiased", "ms_context", "sp_auto", "topk"}
+    variants = {"ec_fine", "ec_unbiased", "ms_context", "sp_auto", "topk"}
     floating = set(compress.COMPRESSORS) - {"mask"}  # nothing sends masks yet
     assert stems("compressor") == floating | variants
     for name in floating:
