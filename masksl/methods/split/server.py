@@ -146,24 +146,20 @@ class SplitServer(ServerMethod):
         if not clients:
             return None
         gradients, loss = self._train_half(round_, clients, replies, step)
-        sizes = {c.number: len(g) for c, g in zip(clients, gradients, strict=True)}
-        full = {
-            c.number: {GRADIENT: g.numel()}
-            for c, g in zip(clients, gradients, strict=True)
-        }
-        exact = [] if step else list(gradients)
+        sizes = {number: len(gradient) for number, gradient in gradients.items()}
+        full = {number: {GRADIENT: g.numel()} for number, g in gradients.items()}
+        exact = {} if step else dict(gradients)
         if self.config.gradient_positions == "kept":
-            for i, client in enumerate(clients):
-                reply = replies[client.number]
-                gradients[i] = self.payloads.at_kept(
-                    round_, client.number, gradients[i], reply, step
+            for number, gradient in gradients.items():
+                reply = replies[number]
+                gradients[number] = self.payloads.at_kept(
+                    round_, number, gradient, reply, step
                 )
         sent = {}
-        for client, gradient in zip(clients, gradients, strict=True):
-            content = sent[client.number] = self._request(round_, client, step)
-            content[GRADIENT] = self.payloads.encode_gradient(
-                round_, client.number, gradient, step
-            )
+        frames = self.payloads.encode_gradients(round_, gradients, step)
+        for client, frame in zip(clients, frames, strict=True):
+            sent[client.number] = self._request(round_, client, step)
+            sent[client.number][GRADIENT] = frame
         if self.payloads.changes_gradients and exact:
             self._measure(round_, sent, exact)
         del gradients, exact  # as large as all frames of `none` together
@@ -194,7 +190,7 @@ class SplitServer(ServerMethod):
         self,
         round_: Round,
         sent: Mapping[int, RecordDict],
-        exact: Sequence[torch.Tensor],
+        exact: Mapping[int, torch.Tensor],
     ) -> None:
         """Have clients measure what the coding of their gradients changes.
 
@@ -204,13 +200,13 @@ class SplitServer(ServerMethod):
             The current round, in its first step.
         sent : Mapping[int, RecordDict]
             By client, the message with its gradient.
-        exact : Sequence[torch.Tensor]
-            Their gradients, in the same order.
+        exact : Mapping[int, torch.Tensor]
+            By client, its gradient.
         """
         asked = {}
-        for (number, content), gradient in zip(sent.items(), exact, strict=True):
+        for number, content in sent.items():
             with ends_run(round_.place(0, number, GRADIENT)):
-                frame = messages.frame_record(EXACT.encode(gradient))
+                frame = messages.frame_record(EXACT.encode(exact[number]))
             asked[number] = RecordDict({**content, EXACT_GRADIENT: frame})
         try:
             found = round_.manager.query(MEASURE, asked, round_.place(0)).values()
@@ -227,17 +223,18 @@ class SplitServer(ServerMethod):
         clients: Sequence[ClientInfo],
         replies: Mapping[int, RecordDict],
         step: int,
-    ) -> tuple[list[torch.Tensor], float]:
-        """Take the server half's step on all replies; return gradients and loss."""
+    ) -> tuple[dict[int, torch.Tensor], float]:
+        """Take the server half's step on all replies.
+
+        Return the gradients by client, and the loss.
+        """
         activations, labels = [], []
         most = self.run.batch_size + 1  # a tail of one sample joins the batch before it
-        for client in clients:
-            content = replies[client.number]
-            activation, own_labels = self.payloads.decode(
-                round_, client.number, content, step, most
-            )
+        contents = {c.number: replies[c.number] for c in clients}
+        for activation, own in self.payloads.decode(round_, contents, step, most):
             activations.append(activation)
-            labels.append(own_labels)
+            labels.append(own)
+        for content in contents.values():
             metrics = metrics_of(content)
             if "relative_error" in metrics:
                 self._sums.errors.append(metrics["relative_error"])
@@ -247,7 +244,7 @@ class SplitServer(ServerMethod):
                 activations, labels, lr=round_.lr_at(step), seed=seed
             )
         round_.add_loss(loss, sum(map(len, labels)))
-        return gradients, loss
+        return dict(zip(contents, gradients, strict=True)), loss
 
     # --- evaluation -------------------------------------------------------------------
 
@@ -277,10 +274,8 @@ class SplitServer(ServerMethod):
         label = self.payloads.compressor
         replies = round_.exchange(EVALUATE, sent, step=step, label=label)
         score = Score()
-        for number, content in replies.items():
-            activation, labels = self.payloads.decode(
-                round_, number, content, step, self.run.eval_batch_size
-            )
+        most = self.run.eval_batch_size
+        for activation, labels in self.payloads.decode(round_, replies, step, most):
             with round_.watch("server"):
                 score += self.half.evaluate(activation, labels)
         return score

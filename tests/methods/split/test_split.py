@@ -1,6 +1,7 @@
 """Split learning equals what it must equal: identities over whole runs."""
 
 import pickle
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,23 @@ def test_one_value_of_each_map_is_the_whole_gradient(
     assert whole.losses == found.losses
     for key, tensor in whole_state(whole).items():
         assert torch.equal(whole_state(found)[key], tensor), key
+
+
+def test_the_server_codes_a_frame_in_each_of_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The frames of three clients wait for each other, and come in the right order."""
+    job = ("rounds=1", "clients=3", "dataset.limit=90", "traffic=compact")
+    alone = train(*job, "threads.server=1")
+    together = threading.Barrier(3, timeout=60)
+
+    def meeting(frame: Any, **options: Any) -> torch.Tensor:
+        together.wait()
+        return compress.decode(frame, **options)
+
+    monkeypatch.setattr("masksl.methods.split.payloads.decode", meeting)
+    found = train(*job, "threads.server=3")
+    assert found.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
 def test_a_compressor_that_is_smaller_than_one_value_of_each_map_is_taken(
