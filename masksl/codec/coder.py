@@ -198,7 +198,7 @@ def loops() -> ModuleType:
     """Import the compiled loops, and run each once with every type."""
     start = time.perf_counter()
     # pylint: disable-next=import-outside-toplevel
-    from masksl.codec import kernels
+    from masksl.codec import kernels, kernels_dct
 
     symbols, bits = np.zeros(4, np.uint8), np.zeros(1, np.uint8)
     out, levels = np.zeros(2 * kernels.FULL, np.uint16), np.zeros(0, np.uint16)
@@ -215,6 +215,11 @@ def loops() -> ModuleType:
         kernels.round_at_random(
             np.zeros(4, kind), (1, 2, 2), 1.0, 1.0, tables[1], symbols
         )
+        block, room = np.zeros(16, kind), np.zeros((16, kernels_dct.STRIP), kind)
+        kernels_dct.analyse(block, 4, 4, block[:3], room, block.copy())
+        blocks = 4, 4, block[:3], True, room
+        kernels_dct.compose(block, *blocks, block.copy())
+        kernels_dct.distance(block, np.zeros(16, np.uint8), block, *blocks, block)
     if not hasattr(kernels.put_plane, "stats"):
         _log.warning("entropy coding runs as plain Python, which is very slow")
     elif kernels.put_plane.stats.cache_misses:

@@ -2,7 +2,7 @@
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masksl.codec import planes, positions, topk, wire
+from masksl.codec import dct, planes, positions, topk, wire
 from masksl.codec.base import (
     Bounds,
     Compressor,
@@ -23,10 +23,25 @@ from masksl.codec.base import (
 from masksl.codec.bits import pack_bits, packed_size, spans, unpack_bits
 from masksl.codec.coder import decode_plane, encode_plane, maps_of
 from masksl.codec.options import check_choice, check_number
-from masksl.codec.quantizer import Elements, Quantized, Quantizer, Target, choose
+from masksl.codec.quantizer import (
+    DEFAULT_ERROR,
+    Elements,
+    Quantized,
+    Quantizer,
+    Target,
+    choose,
+)
 
 # Form of the coded plane by ``context``: of the tensor's shape, or of one row.
 _FORMS = {"spatial": 3, "none": 4}
+# Forms of coefficients: of any tensor, and of one without negative elements.
+_SIGNED_MAPS, _POSITIVE_MAPS = 5, 6
+_COMPARED = 5  # one of so many samples shows how alike neighbours are
+_TRIED = 26  # one of so many shows whether coefficients are smaller
+_SMOOTH = 0.7  # correlation of neighbours below which they never are
+_COARSE = 0.2  # error below which they never are
+_ZONE = 0.85  # dead zone of the trial
+_MOST = 2.0**60  # magnitude beyond which sums of squares might leave the type
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,10 @@ class EntropyCodedQuantization(Compressor):
     negative values, symbol 0 is decoded as zero, and the others cost a sign bit.
     Elements beyond the last of 255 symbols are sent exactly. `masksl.codec.coder` codes
     the symbols.
+
+    Under ``error``, smooth maps, (B, C, H, W), are coded as the coefficients of
+    `masksl.codec.dct` where a trial on some samples shows that these take fewer bits.
+    The error that is kept to is that of the decoded tensor.
 
     Parameters
     ----------
@@ -111,14 +130,22 @@ class EntropyCodedQuantization(Compressor):
     ) -> Packed:
         """Compress the elements of a tensor, see `Compressor.pack`."""
         work = planes.working(flat).cpu().numpy()
+        if self._smooth(flat.dtype, work, shape, bounds):
+            return self._pack_coefficients(work, shape, bounds[0] < 0)
+        return self._pack_elements(flat, work, shape, bounds, seed)
+
+    def _pack_elements(
+        self, flat: Tensor, work: np.ndarray, shape: Shape, bounds: Bounds, seed: int
+    ) -> Packed:
+        """Compress a tensor by its elements."""
         signed = bounds[0] < 0
 
         def rounded(magnitudes: np.ndarray) -> np.ndarray:
             return torch.from_numpy(magnitudes).to(flat.dtype).double().numpy()
 
-        largest = max(map(abs, bounds))
-        elements = Elements(work, signed, largest, rounded)
-        finish = partial(self._finished, flat=flat, shape=shape, signed=signed)
+        elements = Elements(work, signed, max(map(abs, bounds)), rounded)
+        by = _shape(shape, self.context == "none")
+        finish = partial(_finished, flat=flat, shape=by, signed=signed)
         if self.step is not None and self.rounding == "stochastic":
             generator = torch.Generator().manual_seed(seed)
             maps = maps_of(shape)
@@ -133,25 +160,55 @@ class EntropyCodedQuantization(Compressor):
         form = _FORMS[self.context]
         return self._PARAMS.pack(form, alphabet, signed, *lengths), parts
 
-    def _finished(
-        self, quantized: Quantized, *, flat: Tensor, shape: Shape, signed: bool
-    ) -> tuple[float, tuple[tuple[int, int, int], list[wire.Part]]]:
-        """Encode symbols; return the bits an element, the lengths and the payload."""
-        symbols = quantized.symbols
-        by = _shape(shape, self.context == "none")
-        coded = encode_plane(symbols, len(quantized.counts), by)
-        centroids = torch.from_numpy(quantized.centroids[int(signed) : Quantizer.LAST])
-        last = topk.positions(torch.from_numpy(symbols == Quantizer.LAST))
-        outliers = flat[last.to(flat.device)].cpu()
-        negative = 0
-        parts: list[wire.Part] = [centroids, outliers, coded]
-        if signed:
-            below = topk.masked((flat < 0).cpu(), torch.from_numpy(symbols > 0))
-            if negative := below.numel():
-                parts.append(pack_bits(below.view(torch.uint8), 1))
-        size = sum(len(each) for each in wire.to_host(parts))
-        lengths = outliers.numel(), len(coded), negative
-        return 8 * size / len(symbols), (lengths, parts)
+    def _smooth(
+        self, dtype: torch.dtype, work: np.ndarray, shape: Shape, bounds: Bounds
+    ) -> bool:
+        """Return whether coefficients of maps take fewer bits than elements."""
+        if (
+            (self.step, self.bits, self.context) != (None, None, "spatial")
+            or (self.error or DEFAULT_ERROR) < _COARSE
+            or not _transformed(dtype, shape)
+            or not 1 / _MOST < max(map(abs, bounds)) < _MOST
+        ):
+            return False
+        samples = work.reshape(shape)
+        if not dct.correlation(samples[::_COMPARED]) >= _SMOOTH:
+            return False
+        some = samples[::_TRIED]
+        part, like = some.flatten(), replace(self, deadzone=self.deadzone or _ZONE)
+        inside = float(part.min()), float(part.max())
+        packed = (
+            like._pack_elements(torch.from_numpy(part), part, some.shape, inside, 0),
+            like._pack_coefficients(part, some.shape, bounds[0] < 0),
+        )
+        by_elements, by_coefficients = (
+            sum(map(len, wire.to_host(parts))) for _, parts in packed
+        )
+        return by_coefficients < by_elements
+
+    def _pack_coefficients(
+        self, work: np.ndarray, shape: Shape, signed: bool
+    ) -> Packed:
+        """Compress a tensor as the coefficients of its maps, see `dct.forward`."""
+        coefficients = dct.forward(work, shape)
+        largest = max(float(coefficients.max()), -float(coefficients.min()))
+        elements = Elements(coefficients, True, largest, lambda values: values)
+
+        def error(quantized: Quantized) -> float:
+            parts = quantized.symbols, quantized.centroids, work
+            return dct.error(coefficients, *parts, shape, not signed)
+
+        finish = partial(
+            _finished,
+            flat=torch.from_numpy(coefficients),
+            shape=dct.coefficients_shape(shape),
+            signed=True,
+            positive=0 if signed else len(work) // dct.BANDS,
+        )
+        target = Target(None, None, self.error, self.deadzone)
+        quantized, (lengths, parts) = choose(elements, target, finish, error)
+        form = _SIGNED_MAPS if signed else _POSITIVE_MAPS
+        return self._PARAMS.pack(form, len(quantized.counts), 1, *lengths), parts
 
     @classmethod
     def unpack(cls, header: Header, payload: memoryview, device: Device) -> Tensor:
@@ -159,7 +216,11 @@ class EntropyCodedQuantization(Compressor):
         form, alphabet, signed, outliers, length, count = header.unpack_params(
             cls._PARAMS
         )
-        if form not in _FORMS.values() or not 1 <= alphabet <= 256 or signed > 1:
+        maps = form in (_SIGNED_MAPS, _POSITIVE_MAPS)
+        known = form in _FORMS.values() and signed <= 1
+        if maps:
+            known = signed == 1 and _transformed(header.dtype, header.shape)
+        if not known or not 1 <= alphabet <= 256:
             raise FrameError(
                 f"ec frame declares form {form}, {alphabet} symbols, signs {signed}"
             )
@@ -180,8 +241,12 @@ class EntropyCodedQuantization(Compressor):
         centroids = planes.read_values(header, sent, dtype, device)
         if bool((centroids.abs() > torch.finfo(header.dtype).max).any()):
             raise FrameError(f"ec frame holds centroids that no {header.dtype} can be")
-        row = form == _FORMS["none"]
-        plane = decode_plane(coded, alphabet, _shape(header.shape, row))
+        by = _shape(header.shape, form == _FORMS["none"])
+        target = device
+        if maps:
+            by, device = dct.coefficients_shape(header.shape), torch.device("cpu")
+            centroids = centroids.cpu()
+        plane = decode_plane(coded, alphabet, by)
         last = int(np.count_nonzero(plane == Quantizer.LAST))
         planes.check_marked(header, last, outliers)
         symbols = wire.to_device(torch.from_numpy(plane), device)
@@ -189,11 +254,18 @@ class EntropyCodedQuantization(Compressor):
         table[first : first + regular] = centroids
         flat = planes.levels_of(symbols, table.to(header.dtype))
         if signed:
-            cls._apply_signs(header, flat, symbols, signs, count)
+            skip = len(flat) // dct.BANDS if form == _POSITIVE_MAPS else 0
+            cls._apply_signs(header, flat[skip:], symbols[skip:], signs, count)
         if outliers:
             values = planes.Values(header, exact, header.dtype, device)
             positions.fill(flat, symbols == Quantizer.LAST, values)
-        return flat
+        if not maps:
+            return flat
+        del plane, symbols
+        elements = dct.inverse(flat.numpy(), header.shape, form == _POSITIVE_MAPS)
+        if not np.isfinite(elements).all():
+            raise FrameError("ec frame holds coefficients of infinite elements")
+        return wire.to_device(torch.from_numpy(elements), target)
 
     @staticmethod
     def _apply_signs(
@@ -215,3 +287,50 @@ class EntropyCodedQuantization(Compressor):
 def _shape(shape: Shape, row: bool) -> Shape:
     """Return the shape by which a plane is coded: the tensor's, or one row."""
     return (math.prod(shape),) if row else shape
+
+
+def _transformed(dtype: torch.dtype, shape: Shape) -> bool:
+    """Return whether a tensor can have coefficients."""
+    return dtype in (torch.float32, torch.float64) and dct.fits(shape)
+
+
+def _finished(
+    quantized: Quantized,
+    *,
+    flat: Tensor,
+    shape: Shape,
+    signed: bool,
+    positive: int = 0,
+) -> tuple[float, tuple[tuple[int, int, int], list[wire.Part]]]:
+    """Encode symbols; return the bits an element, the lengths and the payload.
+
+    Parameters
+    ----------
+    quantized : Quantized
+        The symbols.
+    flat : Tensor
+        What they are of, shape (d,).
+    shape : Shape
+        Shape that the plane is coded by.
+    signed : bool
+        Whether there are signs.
+    positive : int
+        Elements at the beginning that have none nevertheless.
+    """
+    symbols = quantized.symbols
+    coded = encode_plane(symbols, len(quantized.counts), shape)
+    centroids = torch.from_numpy(quantized.centroids[int(signed) : Quantizer.LAST])
+    outliers = flat[:0].cpu()
+    if len(quantized.counts) > Quantizer.LAST:
+        last = topk.positions(torch.from_numpy(symbols == Quantizer.LAST))
+        outliers = flat[last.to(flat.device)].cpu()
+    negative = 0
+    parts: list[wire.Part] = [centroids, outliers, coded]
+    if signed:
+        nonzero = torch.from_numpy(symbols[positive:] > 0)
+        below = topk.masked((flat[positive:] < 0).cpu(), nonzero)
+        if negative := below.numel():
+            parts.append(pack_bits(below.view(torch.uint8), 1))
+    size = sum(len(each) for each in wire.to_host(parts))
+    lengths = outliers.numel(), len(coded), negative
+    return 8 * size / len(symbols), (lengths, parts)

@@ -9,44 +9,20 @@ An encoder's ``low``, ``size`` and ``count`` are the interval [low, low + size) 
 number of words in ``out``; a decoder's ``code`` is the position in the interval.
 """
 
-from typing import Any
-
 import numpy as np
 
-try:
-    from numba import njit
-except ImportError:  # pragma: no cover
-
-    def njit(**_):  # type: ignore[no-redef]
-        """Return a decorator that leaves a function as it is."""
-        return lambda function: function
-
-
-# The loops allocate nothing. Without the counting of references to arrays (``_nrt``),
-# which Numba otherwise adds to them, they are four times as fast.
-_OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False, "error_model": "numpy"}
-
-
-def _compiled(function):
-    """Compile a function; the result is kept on disk if there is a place for it."""
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # Numba finds no folder to write to
-        return njit(**_OPTIONS)(function)
-
-
-_inlined = njit(inline="always", **_OPTIONS)
+from masksl.codec.jit import compiled, inlined
 
 WHOLE = 1 << 48  # size of the whole interval
 LEAST = 1 << 32  # below this size, a word of 16 bits leaves the interval
 FULL = 32  # words of room that a symbol needs at most
 ESCAPE = 8 + 512  # probabilities of an escape of one magnitude: of its length, its bits
 MAGNITUDES = 9
+BELOW_ONE = 1 - 2**-53  # the largest float64 below one
 
 # A probability, of a one, is a number of 32 bits: the upper 22 are the probability,
 # the lower ten how often it was updated. 0 is a probability that was never updated.
 EVEN = 1 << 31
-BELOW_ONE = 1 - 2**-53  # the largest float64 below one
 # Number of updates after which a probability adapts at a constant rate.
 _LIMIT = 127  # of contexts
 _LIMIT_ESCAPE = 1023
@@ -57,7 +33,7 @@ RATES = np.array([round(65536 / (n + 1.6)) for n in range(1024)])
 # --- the coder ------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _put(low, size, count, out, bit, share):
     """Narrow the interval by a bit; a one takes ``share`` of the size."""
     if bit:
@@ -80,7 +56,7 @@ def _put(low, size, count, out, bit, share):
     return low, size, count
 
 
-@_inlined
+@inlined
 def _take(code, size, count, data, share):
     """Decode a bit; a one takes ``share`` of the size."""
     bit = code < share
@@ -96,7 +72,7 @@ def _take(code, size, count, data, share):
     return bit, code, size, count
 
 
-@_inlined
+@inlined
 def _word(data, count):
     """Return a word of two bytes, the higher first.
 
@@ -110,19 +86,19 @@ def _word(data, count):
     return word
 
 
-@_inlined
+@inlined
 def _first(data):
     """Return the first three words as one number."""
     return _word(data, 0) << 32 | _word(data, 1) << 16 | _word(data, 2)
 
 
-@_inlined
+@inlined
 def _mean(state, other):
     """Return the mean of two probabilities in 2**-16, neither zero nor one."""
     return min(max(((state >> 10) + (other >> 10)) >> 7, 16), 65520)
 
 
-@_inlined
+@inlined
 def _updated(state, bit, rates, limit):
     """Return a probability after a bit."""
     updates = state & 1023
@@ -137,7 +113,7 @@ def _updated(state, bit, rates, limit):
 # --- planes ---------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _states(first, second, novel, one, two, step):
     """Return the two probabilities of a decision.
 
@@ -153,7 +129,7 @@ def _states(first, second, novel, one, two, step):
     return state, other
 
 
-@_inlined
+@inlined
 def _escape_table(left, up):
     """Return where the probabilities of an escape begin: by the mean of neighbours."""
     mean = (left + up) >> 1
@@ -164,7 +140,7 @@ def _escape_table(left, up):
     return bits * ESCAPE
 
 
-@_compiled
+@compiled
 def _put_escape(low, size, count, out, table, start, value, rates):
     """Encode a value from 1 to 256: its length in unary, then its lower bits."""
     length = 0
@@ -187,7 +163,7 @@ def _put_escape(low, size, count, out, table, start, value, rates):
     return low, size, count
 
 
-@_compiled
+@compiled
 def _take_escape(code, size, count, data, table, start, rates):
     """Undo `_put_escape`; the value may be up to 511."""
     length = 0
@@ -210,7 +186,7 @@ def _take_escape(code, size, count, data, table, start, rates):
     return value, code, size, count
 
 
-@_compiled
+@compiled
 def put_plane(symbols, maps, unary, escapes, offsets, models, out):
     """Encode the symbols of maps.
 
@@ -279,7 +255,7 @@ def put_plane(symbols, maps, unary, escapes, offsets, models, out):
     return low, size, count
 
 
-@_compiled
+@compiled
 def take_plane(symbols, maps, unary, escapes, offsets, models, data):
     """Decode the symbols of maps; the inverse of `put_plane`.
 
@@ -344,7 +320,7 @@ def take_plane(symbols, maps, unary, escapes, offsets, models, data):
 # --- quantisers -----------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def quantize(work, step, shift, last, middles, symbols, counts, sums, squares):
     """Quantise magnitudes, and add up what each symbol loses.
 
@@ -377,7 +353,7 @@ def quantize(work, step, shift, last, middles, symbols, counts, sums, squares):
             squares[at] += away * away
 
 
-@_compiled
+@compiled
 def round_at_random(work, maps, width, highest, drawn, symbols):
     """Round numbers of steps up or down at random, without bias.
 
@@ -422,7 +398,7 @@ def round_at_random(work, maps, width, highest, drawn, symbols):
 # --- masks ----------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def put_mask(mask, levels, total, ones, out):
     """Encode a mask whose number of ones at every level is known.
 
@@ -459,7 +435,7 @@ def put_mask(mask, levels, total, ones, out):
     return low, size, count
 
 
-@_compiled
+@compiled
 def take_mask(mask, levels, total, ones, data):
     """Decode a mask; the inverse of `put_mask`.
 

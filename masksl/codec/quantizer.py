@@ -16,6 +16,8 @@ from masksl.codec.coder import loops
 
 T = TypeVar("T")
 
+DEFAULT_ERROR = 0.25  # relative error, where nothing else is asked for
+
 _PRECISION = 5e-4  # of the logarithm of a step
 _MOST = 709.0  # logarithm of about the largest float64
 _TINY = 1e-300
@@ -279,6 +281,7 @@ def choose(
     elements: Elements,
     target: Target,
     finish: Callable[[Quantized], tuple[float, T]],
+    error_of: Callable[[Quantized], float] | None = None,
 ) -> tuple[Quantized, T]:
     """Quantise elements so that they meet a target.
 
@@ -291,6 +294,8 @@ def choose(
         quantiser allows it, and used to 99 % if one does.
     finish : Callable[[Quantized], tuple[float, T]]
         Encodes symbols; returns the bits an element, and what was encoded.
+    error_of : Callable[[Quantized], float] | None
+        Returns the error that must meet the target; None takes that of the elements.
 
     Returns
     -------
@@ -299,7 +304,7 @@ def choose(
     """
     middle = math.log(elements.largest or 1.0)
     bounds = middle - 12 * math.log(10), min(middle + math.log(4), _MOST)
-    error = 0.25 if target.error is None else target.error
+    error = DEFAULT_ERROR if target.error is None else target.error
     sample, width = Sample(elements), None
     if target.step is not None:
         width = target.step * elements.spread
@@ -321,7 +326,8 @@ def choose(
 
     def measured(step: float) -> tuple[float, Quantized]:
         quantized = elements.quantized(at(step))
-        return quantized.error, quantized
+        own = quantized.error if error_of is None else error_of(quantized)
+        return own, quantized
 
     def expected(step: float) -> float:
         return sample.error(at(step))

@@ -26,6 +26,7 @@ from unittest import mock
 import atheris
 
 import masksl.codec.kernels  # noqa: F401  # Numba compiles no instrumented functions
+import masksl.codec.kernels_dct  # noqa: F401
 
 with atheris.instrument_imports(include=["masksl"]):
     from masksl import compress

@@ -216,5 +216,8 @@ def mask_frame(frame: bytes, reference: Sequence[int] = ()) -> list[int]:
 def ec_symbols(
     data: bytes, alphabet: int, shape: tuple[int, ...], form: int
 ) -> list[int]:
-    """Return the symbols of `ec`: by the tensor's shape, or as one row."""
-    return plane(data, alphabet, shape if form == 3 else (math.prod(shape),))
+    """Return the symbols of `ec`: by the tensor's shape, as one row, or of blocks."""
+    if form >= 5:
+        batch, channels, height, width = shape
+        shape = 16, batch, channels, height // 4, width // 4
+    return plane(data, alphabet, (math.prod(shape),) if form == 4 else shape)

@@ -259,11 +259,29 @@ def quantised(
     symbols = np.array(ec_symbols(rest[:length], alphabet, shape, form))
     found = to_type(centroids, dtype)[symbols]
     if signed:
-        turned = np.zeros(len(symbols), bool)
-        turned[symbols > 0] = bits_of(rest[length:], 1, negative)
+        turned, some = np.zeros(len(symbols), bool), symbols > 0
+        if form == 6:
+            some[: len(some) // 16] = False
+        turned[some] = bits_of(rest[length:], 1, negative)
         found = np.where(turned, -found, found)
     found[symbols == 255] = values
-    return found
+    return found if form < 5 else of_blocks(found, shape, form == 6)
+
+
+def of_blocks(found: Floats, shape: tuple[int, ...], positive: bool) -> Floats:
+    """Return the elements of coefficients of blocks."""
+    batch, channels, height, width = shape
+    kind = found.dtype.type
+    blocks = found.reshape((4, 4, batch, channels, height // 4, width // 4))
+    half = kind(0.5)
+    long, short = (kind(math.cos(k * math.pi / 8) / math.sqrt(2)) for k in (1, 3))
+    for axis in (1, 0):  # across, then down
+        a, b, c, d = np.moveaxis(blocks, axis, 0)
+        p, q = half * (a + c), half * (a - c)
+        f, n = long * b + short * d, short * b - long * d
+        blocks = np.stack([p + f, q + n, q - n, p - f], axis)
+    elements = blocks.transpose(2, 3, 4, 0, 5, 1).reshape(-1)
+    return np.maximum(elements, 0) if positive else elements
 
 
 def sign_bits(

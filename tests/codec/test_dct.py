@@ -1,0 +1,203 @@
+"""Coefficients of maps: the transform, and `ec` where they are smaller."""
+
+import importlib.util
+import struct
+from typing import Any
+from unittest import mock
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from masksl.codec import dct, kernels_dct, wire
+from masksl.codec.ec import EntropyCodedQuantization
+from masksl.compress import FrameError, decode, make
+from tests.codec import reference_frames
+from tests.codec.test_coder import smooth
+from tests.codec.test_sizes import fields_of
+
+SHAPES = [(1, 1, 4, 4), (2, 3, 8, 12), (1, 2, 4, 64), (3, 1, 12, 68), (1, 1, 8, 132)]
+KINDS = [np.float32, np.float64]
+
+
+def pictures(shape: tuple[int, ...], signed: bool = False) -> torch.Tensor:
+    """Return maps that are smoother still than `smooth`."""
+    maps = smooth(shape, 0, signed).view(-1, 1, *shape[-2:])
+    for _ in range(3):
+        maps = torch.nn.functional.avg_pool2d(maps, 3, 1, 1)
+    return maps.view(shape)
+
+
+def by_matrix(maps: np.ndarray) -> np.ndarray:
+    """Return the coefficients by the matrix of the DCT, in float64."""
+    k, x = np.arange(4)[:, None], np.arange(4)
+    matrix = np.cos((2 * x + 1) * k * np.pi / 8) * np.sqrt(np.where(k, 2, 1) / 4)
+    batch, channels, height, width = maps.shape
+    blocks = maps.reshape(batch, channels, height // 4, 4, width // 4, 4)
+    found = np.einsum("uy,bchywx,vx->uvbchw", matrix, blocks, matrix, optimize=True)
+    return found.reshape(-1)
+
+
+# --- the transform --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_orthonormal_transform(shape: tuple[int, ...], kind: Any) -> None:
+    maps = np.random.default_rng(0).standard_normal(shape).astype(kind)
+    found = dct.forward(maps.ravel(), shape)
+    assert found.dtype == kind
+    close = 1e-6 if kind is np.float32 else 1e-14
+    assert np.allclose(
+        found, by_matrix(maps.astype(np.float64)), rtol=0, atol=4 * close
+    )
+    back = dct.inverse(found, shape, False)
+    assert np.allclose(back, maps.ravel(), rtol=0, atol=4 * close)
+    positive = dct.inverse(found, shape, True)
+    assert np.array_equal(positive, np.maximum(back, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_and_plain_python_are_equal_to_the_bit(kind: Any) -> None:
+    spec = importlib.util.spec_from_file_location("plain_dct", kernels_dct.__file__)
+    assert spec is not None and spec.loader is not None
+    plain = importlib.util.module_from_spec(spec)
+    with mock.patch.object(numba.config, "DISABLE_JIT", True):
+        spec.loader.exec_module(plain)
+    assert hasattr(kernels_dct.compose, "stats")
+    assert not hasattr(plain.compose, "stats")
+    shape = (2, 2, 8, 68)
+    rng = np.random.default_rng(1)
+    maps = rng.standard_normal(shape).astype(kind).ravel()
+    symbols = rng.integers(0, 256, maps.size).astype(np.uint8)
+    levels = rng.random(256).astype(kind)
+    results = []
+    for loops in (kernels_dct, plain):
+        with mock.patch.object(dct, "_loops", lambda loops=loops: loops):
+            found = dct.forward(maps, shape)
+            results.append(
+                (
+                    found.tobytes(),
+                    dct.inverse(found, shape, True).tobytes(),
+                    dct.error(found, symbols, levels, maps, shape, True),
+                )
+            )
+    assert results[0][:2] == results[1][:2]
+    assert results[0][2] == pytest.approx(results[1][2], rel=1e-12)  # order of sums
+
+
+def test_neighbours_that_are_alike_are_measured() -> None:
+    ramp = np.ones((2, 3, 8, 8), np.float32)
+    assert dct.correlation(ramp) == pytest.approx(7 / 8)
+    stripes = ramp * np.where(np.arange(8) % 2, -1, 1).astype(np.float32)
+    assert dct.correlation(stripes) == pytest.approx(-7 / 8)
+    assert np.isnan(dct.correlation(0 * ramp))
+
+
+# --- in frames of ec ------------------------------------------------------------------
+
+
+def by_coefficients(error: float, tensor: torch.Tensor, **options: Any) -> bytes:
+    """Encode a tensor as coefficients, whether they are smaller or not."""
+    with mock.patch.object(EntropyCodedQuantization, "_smooth", return_value=True):
+        return make("ec", error=error, **options).encode(tensor)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("error", [0.3, 0.2])
+def test_smooth_maps_are_coded_as_coefficients(
+    error: float, dtype: torch.dtype, signed: bool
+) -> None:
+    """They take fewer bits, at an error that is kept to, and used."""
+    tensor = pictures((26, 4, 32, 32), signed=signed).to(dtype)
+    frame = make("ec", error=error).encode(tensor)
+    assert fields_of(wire.parse(frame)[0])[0] == (5 if signed else 6)
+    with mock.patch.object(EntropyCodedQuantization, "_smooth", return_value=False):
+        assert len(frame) < 0.8 * len(make("ec", error=error).encode(tensor))
+    decoded = decode(frame)
+    assert decoded.dtype == dtype
+    found = float((decoded.double() - tensor.double()).norm() / tensor.double().norm())
+    assert 0.99 * error <= found <= error
+    assert signed or float(decoded.min()) >= 0
+
+
+def test_maps_that_are_not_smooth_are_not() -> None:
+    noise = torch.randn(26, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    smooth_ = pictures((26, 4, 32, 32))
+    for tensor, options in (
+        (noise, {"error": 0.4}),
+        (smooth_, {"error": 0.1}),
+        (smooth_, {"step": 1.0}),
+        (smooth_, {"bits": 0.5}),
+        (smooth_, {"error": 0.4, "context": "none"}),
+        (smooth_.half(), {"error": 0.4}),
+        (smooth_[..., :30], {"error": 0.4}),
+        (smooth_.flatten(1), {"error": 0.4}),
+        (1e20 * smooth_, {"error": 0.4}),
+        (0 * smooth_, {"error": 0.4}),
+    ):
+        frame = make("ec", **options).encode(tensor)
+        assert fields_of(wire.parse(frame)[0])[0] in (3, 4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["signed", "relu", "mostly zero"])
+@pytest.mark.parametrize("error", [0.9, 0.3, 0.02, 0.0002])
+def test_any_maps_come_back_as_the_page_says(
+    shape: tuple[int, ...], kind: str, error: float
+) -> None:
+    for dtype in (torch.float32, torch.float64):
+        tensor = smooth(shape, 3, signed=kind == "signed")
+        tensor = (tensor.round() if kind == "mostly zero" else tensor).to(dtype)
+        tensor.view(-1)[0] = 0.7
+        frame = by_coefficients(error, tensor)
+        found = decode(frame)
+        away = float((found.double() - tensor.double()).norm())
+        assert away <= error * float(tensor.double().norm())
+        expected = reference_frames.frame(frame)
+        assert torch.equal(
+            found, torch.tensor(expected.tolist(), dtype=dtype).view(shape)
+        )
+
+
+def test_a_golden_frame() -> None:
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    tensor = ((y - 2) * (x - 1) / 4).relu().view(1, 1, 8, 8)
+    frame = by_coefficients(0.1, tensor)
+    assert frame.hex() == GOLDEN
+    assert (decode(frame) - tensor).norm() <= 0.1 * tensor.norm()
+
+
+def test_broken_frames_are_refused() -> None:
+    tensor = pictures((2, 2, 8, 8))
+    header, payload = wire.parse(by_coefficients(0.01, tensor))
+    fields = fields_of(header)
+    for shape, own, message in (
+        ((2, 2, 2, 32), (6, *fields[1:]), "declares form 6"),
+        ((4, 8, 8), (5, *fields[1:]), "declares form 5"),
+        ((2, 2, 8, 8), (5, *fields[1:]), "keeps .* but marks"),
+        ((2, 2, 8, 8), (6, fields[1], 0, *fields[3:]), "declares form 6"),
+    ):
+        params = struct.pack("<BHBIIQ", *own)
+        other = wire.Header("ec", header.dtype, shape, params)
+        frame = wire.assemble(other, [bytes(payload)])
+        with pytest.raises(FrameError, match=message):
+            decode(frame)
+    half = wire.Header("ec", torch.float16, header.shape, header.params)
+    with pytest.raises(FrameError, match="declares form 6"):
+        decode(wire.assemble(half, [bytes(payload)]))
+    size = 4 * (fields[1] - 1)
+    largest = struct.pack("<f", float(np.finfo(np.float32).max))
+    broken = largest * (size // 4) + bytes(payload[size:])
+    with pytest.raises(FrameError, match="coefficients of infinite elements"):
+        decode(wire.assemble(header, [broken]))
+
+
+GOLDEN = (
+    "4d534b4c01030414656300000000000015de0d4d3b000000000000000100000001000000"
+    "0800000008000000060d0001000000000a0000000700000000000000f994953f2e522c40"
+    "40cf79408497a040fe9bd040fdb9f840ff6b1041fe7a2441fe893841fe984c41fea76041"
+    "00007c410c8c6300a7ef3d8d58840f"
+)
