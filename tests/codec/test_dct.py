@@ -1,6 +1,7 @@
 """Coefficients of maps: the transform, and `ec` where they are smaller."""
 
 import importlib.util
+import random
 import struct
 from typing import Any
 from unittest import mock
@@ -193,6 +194,25 @@ def test_broken_frames_are_refused() -> None:
     broken = largest * (size // 4) + bytes(payload[size:])
     with pytest.raises(FrameError, match="coefficients of infinite elements"):
         decode(wire.assemble(header, [broken]))
+
+
+def test_altered_frames_decode_to_finite_tensors_or_are_refused() -> None:
+    tensor = pictures((2, 2, 8, 8))
+    header, payload = wire.parse(by_coefficients(0.05, tensor))
+    generator = random.Random(0)
+    decoded = 0
+    for _ in range(2000):
+        params, body = bytearray(header.params), bytearray(payload)
+        part = generator.choice((params, body, body))
+        part[generator.randrange(len(part))] ^= 1 << generator.randrange(8)
+        altered = wire.Header("ec", header.dtype, header.shape, bytes(params))
+        try:
+            found = decode(wire.assemble(altered, [bytes(body)]))
+        except FrameError:
+            continue
+        assert found.shape == tensor.shape and bool(found.isfinite().all())
+        decoded += 1
+    assert 100 < decoded < 1900
 
 
 GOLDEN = (

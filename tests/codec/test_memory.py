@@ -12,6 +12,7 @@ import torch
 
 from masksl.codec import wire
 from masksl.compress import FrameError, decode, decode_sparse, make
+from tests.codec.test_dct import by_coefficients
 from tests.codec.test_frames import memory
 from tests.conftest import run_alone
 
@@ -35,6 +36,7 @@ def check() -> None:
         "ec": (make("ec", error=0.2).encode(tensor.relu()), {}),
         "ec, signed": (make("ec", error=0.05).encode(tensor), {}),
         "ec, float64": (make("ec", error=0.2).encode(tensor.double()), {}),
+        "ec, coefficients": (by_coefficients(0.2, tensor.relu()), {}),
         "ec, exact values": (make("ec", step=0.0101).encode(tensor), {}),
         "ec, one row": (make("ec", context="none").encode(tensor), {}),
         "ms": (make("ms", lossless="context").encode(tensor.relu()), {}),
