@@ -217,9 +217,11 @@ def loops() -> ModuleType:
         )
         block, room = np.zeros(16, kind), np.zeros((16, kernels_dct.STRIP), kind)
         kernels_dct.analyse(block, 4, 4, block[:3], room, block.copy())
+        zeros, counts = np.zeros(16, np.uint8), np.zeros(16, np.int64)
+        lists = zeros, block, _NOTHING, counts
+        kernels_dct.compose(*lists, 4, 4, block[:3], room, block.copy())
         blocks = 4, 4, block[:3], True, room
-        kernels_dct.compose(block, *blocks, block.copy())
-        kernels_dct.distance(block, np.zeros(16, np.uint8), block, *blocks, block)
+        kernels_dct.distance(block, zeros, block, *blocks, block)
     if not hasattr(kernels.put_plane, "stats"):
         _log.warning("entropy coding runs as plain Python, which is very slow")
     elif kernels.put_plane.stats.cache_misses:

@@ -15,8 +15,14 @@ from masksl.codec.coder import loops
 SIDE = 4
 BANDS = SIDE * SIDE
 
-_HALF = 0.5
-_LONG, _SHORT = (math.cos(k * math.pi / 8) / math.sqrt(2) for k in (1, 3))
+LARGEST = 1 / 16
+
+# One half; cos(pi / 8) and cos(3 pi / 8) over the root of two, to the nearest float64.
+_FACTORS = (
+    0.5,
+    float.fromhex("0x1.4e7ae9144f0fcp-1"),
+    float.fromhex("0x1.1517a7bdb3895p-2"),
+)
 
 
 def fits(shape: tuple[int, ...]) -> bool:
@@ -64,13 +70,25 @@ def forward(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def inverse(flat: np.ndarray, shape: tuple[int, ...], positive: bool) -> np.ndarray:
-    """Return the tensor of coefficients; the inverse of `forward`.
+def decode(
+    symbols: np.ndarray,
+    levels: np.ndarray,
+    signs: np.ndarray,
+    shape: tuple[int, ...],
+    positive: bool,
+) -> np.ndarray:
+    """Return the tensor of coefficients that are given by symbols.
 
     Parameters
     ----------
-    flat : numpy.ndarray
-        float32 or float64, shape (d,).
+    symbols : numpy.ndarray
+        uint8, shape (d,).
+    levels : numpy.ndarray
+        Magnitude of each symbol, float32 or float64, at most ``LARGEST`` of the largest
+        number of its type: then all elements are finite.
+    signs : numpy.ndarray
+        uint8, read-only: a bit for each symbol that is not 0, 1 for negative, packed.
+        With ``positive`` there are none of the frequency 0, 0.
     shape : tuple[int, ...]
         Shape of the tensor.
     positive : bool
@@ -79,12 +97,18 @@ def inverse(flat: np.ndarray, shape: tuple[int, ...], positive: bool) -> np.ndar
     Returns
     -------
     numpy.ndarray
-        Of the same type, shape (d,).
+        Of the type of the levels, shape (d,).
     """
-    out = np.empty_like(flat)
-    factors, room = _scratch(flat.dtype)
-    blocks = math.prod(shape[:3]), shape[3], factors, positive, room
-    _loops().compose(flat, *blocks, out)
+    out = np.empty(symbols.size, levels.dtype)
+    counts = np.zeros(BANDS, np.int64)
+    bands = symbols.reshape(BANDS, -1)[:-1]
+    counts[1:] = np.cumsum([np.count_nonzero(band) for band in bands])
+    if positive:
+        counts -= counts[1]
+        counts[0] = -1
+    factors, room = _scratch(levels.dtype)
+    blocks = math.prod(shape[:3]), shape[3], factors, room
+    _loops().compose(symbols, levels, signs, counts, *blocks, out)
     return out
 
 
@@ -104,13 +128,13 @@ def error(
     flat : numpy.ndarray
         The coefficients, float32 or float64, shape (d,).
     symbols : numpy.ndarray
-        uint8, shape (d,); 255 are sent exactly.
+        uint8, shape (d,).
     levels : numpy.ndarray
         Magnitudes that symbols are decoded as, of the type of the coefficients.
     exact : numpy.ndarray
         The tensor, of the same type, shape (d,).
     shape, positive
-        See `inverse`.
+        See `decode`.
     """
     factors, room = _scratch(flat.dtype)
     blocks = math.prod(shape[:3]), shape[3], factors, positive, room
@@ -119,9 +143,8 @@ def error(
 
 
 def _scratch(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return the factors of the transform, and room for the loops."""
-    factors = np.array([_HALF, _LONG, _SHORT], dtype)
-    return factors, np.zeros((BANDS, _loops().STRIP), dtype)
+    """Return the factors of the transform, and room for a strip of blocks."""
+    return np.array(_FACTORS, dtype), np.zeros((BANDS, _loops().STRIP), dtype)
 
 
 def _loops() -> ModuleType:

@@ -41,7 +41,7 @@ _TRIED = 26  # one of so many shows whether coefficients are smaller
 _SMOOTH = 0.7  # correlation of neighbours below which they never are
 _COARSE = 0.2  # error below which they never are
 _ZONE = 0.85  # dead zone of the trial
-_MOST = 2.0**60  # magnitude beyond which sums of squares might leave the type
+_MOST = 2.0**48  # magnitude beyond which sums of squares might leave the type
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class EntropyCodedQuantization(Compressor):
 
     Under ``error``, smooth maps, (B, C, H, W), are coded as the coefficients of
     `masksl.codec.dct` where a trial on some samples shows that these take fewer bits.
-    The error that is kept to is that of the decoded tensor.
+    The error that is kept to is that of the decoded tensor. Coefficients have signs; of
+    a tensor without negative values, their means have none.
 
     Parameters
     ----------
@@ -130,8 +131,10 @@ class EntropyCodedQuantization(Compressor):
     ) -> Packed:
         """Compress the elements of a tensor, see `Compressor.pack`."""
         work = planes.working(flat).cpu().numpy()
-        if self._smooth(flat.dtype, work, shape, bounds):
-            return self._pack_coefficients(work, shape, bounds[0] < 0)
+        if self._takes_coefficients(flat.dtype, work, shape, bounds):
+            packed = self._pack_coefficients(work, shape, bounds[0] < 0)
+            if packed is not None:
+                return packed
         return self._pack_elements(flat, work, shape, bounds, seed)
 
     def _pack_elements(
@@ -160,7 +163,7 @@ class EntropyCodedQuantization(Compressor):
         form = _FORMS[self.context]
         return self._PARAMS.pack(form, alphabet, signed, *lengths), parts
 
-    def _smooth(
+    def _takes_coefficients(
         self, dtype: torch.dtype, work: np.ndarray, shape: Shape, bounds: Bounds
     ) -> bool:
         """Return whether coefficients of maps take fewer bits than elements."""
@@ -177,19 +180,24 @@ class EntropyCodedQuantization(Compressor):
         some = samples[::_TRIED]
         part, like = some.flatten(), replace(self, deadzone=self.deadzone or _ZONE)
         inside = float(part.min()), float(part.max())
-        packed = (
-            like._pack_elements(torch.from_numpy(part), part, some.shape, inside, 0),
-            like._pack_coefficients(part, some.shape, bounds[0] < 0),
+        by_coefficients = like._pack_coefficients(part, some.shape, bounds[0] < 0)
+        if by_coefficients is None:
+            return False
+        tensor = torch.from_numpy(part)
+        by_elements = like._pack_elements(tensor, part, some.shape, inside, 0)
+        taken, most = (
+            sum(map(len, wire.to_host(parts)))
+            for _, parts in (by_coefficients, by_elements)
         )
-        by_elements, by_coefficients = (
-            sum(map(len, wire.to_host(parts))) for _, parts in packed
-        )
-        return by_coefficients < by_elements
+        return taken < most
 
     def _pack_coefficients(
         self, work: np.ndarray, shape: Shape, signed: bool
-    ) -> Packed:
-        """Compress a tensor as the coefficients of its maps, see `dct.forward`."""
+    ) -> Packed | None:
+        """Compress a tensor as the coefficients of its maps, see `dct.forward`.
+
+        Return None if one of them would have to be sent exactly.
+        """
         coefficients = dct.forward(work, shape)
         largest = max(float(coefficients.max()), -float(coefficients.min()))
         elements = Elements(coefficients, True, largest, lambda values: values)
@@ -207,6 +215,8 @@ class EntropyCodedQuantization(Compressor):
         )
         target = Target(None, None, self.error, self.deadzone)
         quantized, (lengths, parts) = choose(elements, target, finish, error)
+        if len(quantized.counts) > Quantizer.LAST:
+            return None
         form = _SIGNED_MAPS if signed else _POSITIVE_MAPS
         return self._PARAMS.pack(form, len(quantized.counts), 1, *lengths), parts
 
@@ -219,12 +229,13 @@ class EntropyCodedQuantization(Compressor):
         maps = form in (_SIGNED_MAPS, _POSITIVE_MAPS)
         known = form in _FORMS.values() and signed <= 1
         if maps:
-            known = signed == 1 and _transformed(header.dtype, header.shape)
+            known = signed == 1 and alphabet <= Quantizer.LAST
+            known = known and _transformed(header.dtype, header.shape)
         if not known or not 1 <= alphabet <= 256:
             raise FrameError(
                 f"ec frame declares form {form}, {alphabet} symbols, signs {signed}"
             )
-        if max(outliers, count) > header.elements:
+        if outliers > (0 if maps else header.elements) or count > header.elements:
             raise FrameError(
                 f"ec frame declares {outliers} exact values, {count} signs"
             )
@@ -238,34 +249,28 @@ class EntropyCodedQuantization(Compressor):
         )
         wire.check_payload(header, payload, sum(sizes) + packed_size(count, 1))
         sent, exact, coded, signs = planes.split(header, payload, *sizes)
-        centroids = planes.read_values(header, sent, dtype, device)
+        place = torch.device("cpu") if maps else device
+        centroids = planes.read_values(header, sent, dtype, place)
         if bool((centroids.abs() > torch.finfo(header.dtype).max).any()):
             raise FrameError(f"ec frame holds centroids that no {header.dtype} can be")
-        by = _shape(header.shape, form == _FORMS["none"])
-        target = device
+        table = torch.zeros(256, dtype=dtype, device=place)
+        table[first : first + regular] = centroids
         if maps:
-            by, device = dct.coefficients_shape(header.shape), torch.device("cpu")
-            centroids = centroids.cpu()
+            positive = form == _POSITIVE_MAPS
+            elements = _of_maps(header, coded, alphabet, table, signs, count, positive)
+            return wire.to_device(elements, device)
+        by = _shape(header.shape, form == _FORMS["none"])
         plane = decode_plane(coded, alphabet, by)
         last = int(np.count_nonzero(plane == Quantizer.LAST))
         planes.check_marked(header, last, outliers)
         symbols = wire.to_device(torch.from_numpy(plane), device)
-        table = torch.zeros(256, dtype=dtype, device=device)
-        table[first : first + regular] = centroids
         flat = planes.levels_of(symbols, table.to(header.dtype))
         if signed:
-            skip = len(flat) // dct.BANDS if form == _POSITIVE_MAPS else 0
-            cls._apply_signs(header, flat[skip:], symbols[skip:], signs, count)
+            cls._apply_signs(header, flat, symbols, signs, count)
         if outliers:
             values = planes.Values(header, exact, header.dtype, device)
             positions.fill(flat, symbols == Quantizer.LAST, values)
-        if not maps:
-            return flat
-        del plane, symbols
-        elements = dct.inverse(flat.numpy(), header.shape, form == _POSITIVE_MAPS)
-        if not np.isfinite(elements).all():
-            raise FrameError("ec frame holds coefficients of infinite elements")
-        return wire.to_device(torch.from_numpy(elements), target)
+        return flat
 
     @staticmethod
     def _apply_signs(
@@ -292,6 +297,28 @@ def _shape(shape: Shape, row: bool) -> Shape:
 def _transformed(dtype: torch.dtype, shape: Shape) -> bool:
     """Return whether a tensor can have coefficients."""
     return dtype in (torch.float32, torch.float64) and dct.fits(shape)
+
+
+# pylint: disable-next=too-many-arguments,too-many-positional-arguments
+def _of_maps(
+    header: Header,
+    coded: memoryview,
+    alphabet: int,
+    levels: Tensor,
+    signs: memoryview,
+    count: int,
+    positive: bool,
+) -> Tensor:
+    """Decode the elements of a coded plane of coefficients, on the CPU."""
+    most = dct.LARGEST * torch.finfo(header.dtype).max
+    if float(levels.abs().max()) > most:
+        raise FrameError("ec frame holds coefficients of elements that are not finite")
+    plane = decode_plane(coded, alphabet, dct.coefficients_shape(header.shape))
+    skipped = plane.size // dct.BANDS if positive else 0
+    planes.check_marked(header, int(np.count_nonzero(plane[skipped:])), count)
+    bits = np.frombuffer(signs.toreadonly(), np.uint8)
+    flat = dct.decode(plane, levels.numpy(), bits, header.shape, positive)
+    return torch.from_numpy(flat)
 
 
 def _finished(

@@ -18,7 +18,7 @@ LEAST = 1 << 32  # below this size, a word of 16 bits leaves the interval
 FULL = 32  # words of room that a symbol needs at most
 ESCAPE = 8 + 512  # probabilities of an escape of one magnitude: of its length, its bits
 MAGNITUDES = 9
-BELOW_ONE = 1 - 2**-53  # the largest float64 below one
+_BELOW_ONE = 1 - 2**-53  # the largest float64 below one
 
 # A probability, of a one, is a number of 32 bits: the upper 22 are the probability,
 # the lower ten how often it was updated. 0 is a probability that was never updated.
@@ -357,10 +357,12 @@ def quantize(work, step, shift, last, middles, symbols, counts, sums, squares):
 def round_at_random(work, maps, width, highest, drawn, symbols):
     """Round numbers of steps up or down at random, without bias.
 
-    The elements of a map are visited row by row, to the right and to the left in turn.
-    The number drawn for the map is added to the first. The fraction that rounding down
-    takes off is added to the next, and so on. Each of these fractions is uniform like
-    the drawn number, so that no element has a bias. The errors of neighbours cancel.
+    One number is drawn for each map. The elements of the map are visited row by row, to
+    the right and to the left in turn. The number is added to the first. The fraction
+    that rounding down takes off is added to the next, and so on; elements with symbol
+    255 are left out.
+    Each of these fractions is uniform like the drawn number, so that no element has a
+    bias. Errors of neighbours cancel in sums with like weights.
 
     Parameters
     ----------
@@ -391,7 +393,7 @@ def round_at_random(work, maps, width, highest, drawn, symbols):
                 steps += rest
                 down = np.floor(steps)
                 # A tiny negative number plus one is one, which is not less than one.
-                rest = min(steps - down, BELOW_ONE)
+                rest = min(steps - down, _BELOW_ONE)
                 symbols[i] = np.uint8(abs(down))
 
 

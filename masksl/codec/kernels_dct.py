@@ -109,16 +109,42 @@ def analyse(flat, rows, width, factors, room, out):
 
 
 @compiled
-def compose(flat, rows, width, factors, positive, room, out):
-    """Undo `analyse`; with ``positive``, what is below 0 becomes 0."""
-    apart, block = flat.size // 16, 0
+def compose(symbols, levels, signs, counts, rows, width, factors, room, out):
+    """Decode symbols of coefficients, and undo `analyse`.
+
+    Parameters
+    ----------
+    symbols : numpy.ndarray
+        uint8, shape (d,), by frequency.
+    levels : numpy.ndarray
+        Magnitude of each symbol.
+    signs : numpy.ndarray
+        uint8: a bit for each symbol but 0, the first in the lowest bit.
+    counts : numpy.ndarray
+        int64, shape (16,): signs before those of each frequency; counted up. If the
+        first is -1, frequency 0 has none, and elements below 0 become 0.
+    rows, width, factors, room
+        See `analyse`.
+    out : numpy.ndarray
+        Filled with the elements.
+    """
+    # pylint: disable=too-many-locals
+    apart, block, positive = symbols.size // 16, 0, counts[0] < 0
     for top in range(0, rows, 4):
         for left in range(0, width, 4 * STRIP):
             count = min(STRIP, (width - left) // 4)
             for band in range(16):
                 start = band * apart + block
+                at = counts[band]
                 for i in range(count):
-                    room[band, i] = flat[start + i]
+                    symbol = symbols[start + i]
+                    level = levels[symbol]
+                    if symbol and at >= 0:
+                        if signs[at >> 3] >> (at & 7) & 1:
+                            level = -level
+                        at += 1
+                    room[band, i] = level
+                counts[band] = at
             _compose_strip(room, factors)
             if positive:
                 _clamp(room, factors[0])
@@ -134,10 +160,7 @@ def compose(flat, rows, width, factors, positive, room, out):
 def _levels_of(room, band, flat, symbols, levels, start, count):
     """Fill a row with what coefficients are decoded as."""
     for i in range(count):
-        symbol, coefficient = symbols[start + i], flat[start + i]
-        if symbol < 255:
-            coefficient = np.copysign(levels[symbol], coefficient)
-        room[band, i] = coefficient
+        room[band, i] = np.copysign(levels[symbols[start + i]], flat[start + i])
 
 
 @compiled
@@ -171,11 +194,13 @@ def distance(flat, symbols, levels, rows, width, factors, positive, room, exact)
     Parameters
     ----------
     flat, symbols : numpy.ndarray
-        Coefficients, and uint8, their symbols, shape (d,). 255 is sent exactly.
+        Coefficients, and uint8, their symbols, shape (d,).
     levels : numpy.ndarray
         Magnitude of each symbol.
-    rows, width, factors, positive, room
-        See `compose`.
+    rows, width, factors, room
+        See `analyse`.
+    positive : bool
+        Whether elements below 0 become 0.
     exact : numpy.ndarray
         The elements, shape (d,).
     """

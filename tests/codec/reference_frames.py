@@ -268,13 +268,17 @@ def quantised(
     return found if form < 5 else of_blocks(found, shape, form == 6)
 
 
+# cos(pi / 8) and cos(3 pi / 8) over the root of two, to the nearest float64.
+LONG = float.fromhex("0x1.4e7ae9144f0fcp-1")
+SHORT = float.fromhex("0x1.1517a7bdb3895p-2")
+
+
 def of_blocks(found: Floats, shape: tuple[int, ...], positive: bool) -> Floats:
     """Return the elements of coefficients of blocks."""
     batch, channels, height, width = shape
     kind = found.dtype.type
     blocks = found.reshape((4, 4, batch, channels, height // 4, width // 4))
-    half = kind(0.5)
-    long, short = (kind(math.cos(k * math.pi / 8) / math.sqrt(2)) for k in (1, 3))
+    half, long, short = kind(0.5), kind(LONG), kind(SHORT)
     for axis in (1, 0):  # across, then down
         a, b, c, d = np.moveaxis(blocks, axis, 0)
         p, q = half * (a + c), half * (a - c)

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,15 +265,15 @@ def test_counts_must_be_those_of_the_symbols() -> None:
 # --- stochastic rounding --------------------------------------------------------------
 
 
-def check_unbiased(draws: int) -> None:
+def check_unbiased(draws: int, shape: tuple[int, ...]) -> None:
     """Compare means over seeds with the elements, in standard errors.
 
     The share of 4,096 normal numbers beyond 3 is .0027, with a deviation of .0008.
     """
     generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(4096, generator=generator)
+    tensor = torch.randn(shape, generator=generator)
     compressor = make("ec", step=4.0, rounding="stochastic")
-    total = torch.zeros(4096, dtype=torch.float64)
+    total = torch.zeros(shape, dtype=torch.float64)
     for seed in range(draws):
         total += decode(compressor.encode(tensor, seed=seed))
     step = 4 * float(tensor.double().std(correction=0))
@@ -282,16 +283,18 @@ def check_unbiased(draws: int) -> None:
     share = float((z.abs() > 3).double().mean())
     assert abs(share - 0.0027) <= 4 * (0.0027 / 4096) ** 0.5
     assert abs(float(z.mean())) <= 4 / 4096**0.5
-    assert float(z.std()) == pytest.approx(1, abs=0.05)
+    assert float(z.std()) == pytest.approx(1, abs=0.1)  # elements of a map depend
 
 
-def test_stochastic_rounding_is_unbiased() -> None:
-    check_unbiased(400)
+@pytest.mark.parametrize("shape", [(4096,), (16, 16, 16)])
+def test_stochastic_rounding_is_unbiased(shape: tuple[int, ...]) -> None:
+    check_unbiased(400, shape)
 
 
 @pytest.mark.slow
-def test_stochastic_rounding_is_unbiased_over_many_draws() -> None:
-    check_unbiased(10_000)
+@pytest.mark.parametrize("shape", [(4096,), (16, 16, 16)])
+def test_stochastic_rounding_is_unbiased_over_many_draws(shape: Any) -> None:
+    check_unbiased(10_000, shape)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9, 7), (5, 12, 1), (40, 25), (600,)])

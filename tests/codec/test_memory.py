@@ -37,6 +37,7 @@ def check() -> None:
         "ec, signed": (make("ec", error=0.05).encode(tensor), {}),
         "ec, float64": (make("ec", error=0.2).encode(tensor.double()), {}),
         "ec, coefficients": (by_coefficients(0.2, tensor.relu()), {}),
+        "ec, coefficients, float64": (by_coefficients(0.2, tensor.double()), {}),
         "ec, exact values": (make("ec", step=0.0101).encode(tensor), {}),
         "ec, one row": (make("ec", context="none").encode(tensor), {}),
         "ms": (make("ms", lossless="context").encode(tensor.relu()), {}),

@@ -88,7 +88,7 @@ def test_a_gradient_has_the_elements_of_the_activation(
         frame = make("none").encode(torch.rand(expected + 1))
         return messages.frame_record(frame)
 
-    monkeypatch.setattr(Payloads, "encode_gradient", send_more)
+    monkeypatch.setattr(Payloads, "_encoded", send_more)
     with pytest.raises(RunError) as caught:
         train(*SMALL, *options)
     assert str(caught.value) == (

@@ -58,9 +58,7 @@ class Payloads:
         self._classes = DATASETS[str(settings["dataset.name"])].classes
         self._device = device
         self._threads = read(ThreadsConfig, settings, "threads").server
-        self._pool = ThreadPoolExecutor(
-            self._threads, "codec", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self._threads, "codec", initializer=_alone)
 
     @property
     def changes_gradients(self) -> bool:
@@ -160,9 +158,18 @@ class Payloads:
         """Yield a function of each client, of as many at a time as threads."""
         left = iter(clients)
         while several := list(islice(left, self._threads)):
+            threads = torch.get_num_threads()
             with round_.watch("codec"):
                 results = list(self._pool.map(function, several))
-            yield from results
+            torch.set_num_threads(threads)  # `_alone` sets them for all new threads
+            while results:  # each may be let go before the next is asked for
+                yield results.pop(0)
+
+
+def _alone() -> None:
+    """Let PyTorch run in this thread alone."""
+    torch.get_num_threads()  # else the first operation would ask for their number again
+    torch.set_num_threads(1)
 
 
 def one_of_each_map(gradient: torch.Tensor) -> torch.Tensor | None:
