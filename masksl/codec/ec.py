@@ -2,7 +2,7 @@
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -132,13 +132,20 @@ class EntropyCodedQuantization(Compressor):
         """Compress the elements of a tensor, see `Compressor.pack`."""
         work = planes.working(flat).cpu().numpy()
         if self._takes_coefficients(flat.dtype, work, shape, bounds):
-            packed = self._pack_coefficients(work, shape, bounds[0] < 0)
+            packed = self._pack_coefficients(work, shape, bounds[0] < 0, self.deadzone)
             if packed is not None:
                 return packed
-        return self._pack_elements(flat, work, shape, bounds, seed)
+        return self._pack_elements(flat, work, shape, bounds, seed, self.deadzone)
 
+    # pylint: disable-next=too-many-arguments,too-many-positional-arguments
     def _pack_elements(
-        self, flat: Tensor, work: np.ndarray, shape: Shape, bounds: Bounds, seed: int
+        self,
+        flat: Tensor,
+        work: np.ndarray,
+        shape: Shape,
+        bounds: Bounds,
+        seed: int,
+        deadzone: float | None,
     ) -> Packed:
         """Compress a tensor by its elements."""
         signed = bounds[0] < 0
@@ -157,7 +164,7 @@ class EntropyCodedQuantization(Compressor):
             quantized = elements.rounded_at_random(self.step, most, maps, drawn.numpy())
             _, (lengths, parts) = finish(quantized)
         else:
-            target = Target(self.step, self.bits, self.error, self.deadzone)
+            target = Target(self.step, self.bits, self.error, deadzone)
             quantized, (lengths, parts) = choose(elements, target, finish)
         alphabet = len(quantized.counts)
         form = _FORMS[self.context]
@@ -178,13 +185,13 @@ class EntropyCodedQuantization(Compressor):
         if not dct.correlation(samples[::_COMPARED]) >= _SMOOTH:
             return False
         some = samples[::_TRIED]
-        part, like = some.flatten(), replace(self, deadzone=self.deadzone or _ZONE)
+        part, zone = some.flatten(), self.deadzone or _ZONE
         inside = float(part.min()), float(part.max())
-        by_coefficients = like._pack_coefficients(part, some.shape, bounds[0] < 0)
+        by_coefficients = self._pack_coefficients(part, some.shape, bounds[0] < 0, zone)
         if by_coefficients is None:
             return False
         tensor = torch.from_numpy(part)
-        by_elements = like._pack_elements(tensor, part, some.shape, inside, 0)
+        by_elements = self._pack_elements(tensor, part, some.shape, inside, 0, zone)
         taken, most = (
             sum(map(len, wire.to_host(parts)))
             for _, parts in (by_coefficients, by_elements)
@@ -192,7 +199,7 @@ class EntropyCodedQuantization(Compressor):
         return taken < most
 
     def _pack_coefficients(
-        self, work: np.ndarray, shape: Shape, signed: bool
+        self, work: np.ndarray, shape: Shape, signed: bool, deadzone: float | None
     ) -> Packed | None:
         """Compress a tensor as the coefficients of its maps, see `dct.forward`.
 
@@ -213,7 +220,7 @@ class EntropyCodedQuantization(Compressor):
             signed=True,
             positive=0 if signed else len(work) // dct.BANDS,
         )
-        target = Target(None, None, self.error, self.deadzone)
+        target = Target(None, None, self.error, deadzone)
         quantized, (lengths, parts) = choose(elements, target, finish, error)
         if len(quantized.counts) > Quantizer.LAST:
             return None

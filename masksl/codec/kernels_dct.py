@@ -109,6 +109,20 @@ def analyse(flat, rows, width, factors, room, out):
 
 
 @compiled
+def _decoded(room, band, symbols, levels, signs, start, count, at):
+    """Fill a row with coefficients; return the number of signs before the next one."""
+    for i in range(count):
+        symbol = symbols[start + i]
+        level = levels[symbol]
+        if symbol and at >= 0:
+            if signs[at >> 3] >> (at & 7) & 1:
+                level = -level
+            at += 1
+        room[band, i] = level
+    return at
+
+
+@compiled
 def compose(symbols, levels, signs, counts, rows, width, factors, room, out):
     """Decode symbols of coefficients, and undo `analyse`.
 
@@ -135,16 +149,9 @@ def compose(symbols, levels, signs, counts, rows, width, factors, room, out):
             count = min(STRIP, (width - left) // 4)
             for band in range(16):
                 start = band * apart + block
-                at = counts[band]
-                for i in range(count):
-                    symbol = symbols[start + i]
-                    level = levels[symbol]
-                    if symbol and at >= 0:
-                        if signs[at >> 3] >> (at & 7) & 1:
-                            level = -level
-                        at += 1
-                    room[band, i] = level
-                counts[band] = at
+                counts[band] = _decoded(
+                    room, band, symbols, levels, signs, start, count, counts[band]
+                )
             _compose_strip(room, factors)
             if positive:
                 _clamp(room, factors[0])
