@@ -15,7 +15,7 @@ from masksl.codec.coder import loops
 SIDE = 4
 BANDS = SIDE * SIDE
 
-LARGEST = 1 / 16
+LARGEST = 1 / 16  # share of the largest number of a type that coefficients may be
 
 # One half; cos(pi / 8) and cos(3 pi / 8) over the root of two, to the nearest float64.
 _FACTORS = (

@@ -265,7 +265,7 @@ def test_counts_must_be_those_of_the_symbols() -> None:
 # --- stochastic rounding --------------------------------------------------------------
 
 
-def check_unbiased(draws: int, shape: tuple[int, ...]) -> None:
+def check_unbiased(draws: int, shape: tuple[int, ...], spread: float) -> None:
     """Compare means over seeds with the elements, in standard errors.
 
     The share of 4,096 normal numbers beyond 3 is .0027, with a deviation of .0008.
@@ -283,18 +283,18 @@ def check_unbiased(draws: int, shape: tuple[int, ...]) -> None:
     share = float((z.abs() > 3).double().mean())
     assert abs(share - 0.0027) <= 4 * (0.0027 / 4096) ** 0.5
     assert abs(float(z.mean())) <= 4 / 4096**0.5
-    assert float(z.std()) == pytest.approx(1, abs=0.1)  # elements of a map depend
+    assert float(z.std()) == pytest.approx(1, abs=spread)
 
 
-@pytest.mark.parametrize("shape", [(4096,), (16, 16, 16)])
-def test_stochastic_rounding_is_unbiased(shape: tuple[int, ...]) -> None:
-    check_unbiased(400, shape)
+def test_stochastic_rounding_is_unbiased() -> None:
+    check_unbiased(400, (4096,), 0.05)
+    check_unbiased(400, (16, 16, 16), 0.1)  # elements of a map depend on each other
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4096,), (16, 16, 16)])
 def test_stochastic_rounding_is_unbiased_over_many_draws(shape: Any) -> None:
-    check_unbiased(10_000, shape)
+    check_unbiased(10_000, shape, 0.05)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9, 7), (5, 12, 1), (40, 25), (600,)])
