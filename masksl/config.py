@@ -26,6 +26,7 @@ from masksl.runtime.tracking import tracker_of
 from masksl.settings import (
     EARLIER,
     PLUGINS,
+    SLOTS,
     CheckpointConfig,
     ConfigError,
     RunConfig,
@@ -47,7 +48,6 @@ from masksl.training.schedule import ScheduleConfig
 CONF = Path(__file__).resolve().parents[1] / "conf"
 MOST = 2**63 - 1  # of whole numbers in Flower's records
 
-COMPRESSOR_GROUPS = ("compressor", "gradient_compressor", "model_compressor")
 SECTIONS: dict[str, type[BaseModel]] = {
     "": RunConfig,
     "checkpoint": CheckpointConfig,
@@ -145,7 +145,7 @@ def check(settings: Mapping[str, Value]) -> None:
     run, data = sections[""], sections["dataset"]
     assert isinstance(run, RunConfig) and isinstance(data, DatasetConfig)
     read(tracker_of(settings).config, settings, "tracking")
-    compressors = {slot: compressor_of(settings, slot) for slot in COMPRESSOR_GROUPS}
+    compressors = {slot: compressor_of(settings, slot) for slot in SLOTS}
     _check_model(settings)
     method = method_config(settings)
     if "traffic" in settings and not hasattr(method, "traffic"):
@@ -204,7 +204,7 @@ def check_resume(
         Naming every key that differs.
     """
     free: tuple[str, ...] = _FREE_ON_RESUME
-    for slot in COMPRESSOR_GROUPS:  # options that came later
+    for slot in SLOTS:  # options that came later
         saved = default_options(saved, slot) | dict(saved)
     earlier = {key: value for key, value in EARLIER.items() if key in settings}
     saved = earlier | dict(saved)
@@ -356,7 +356,7 @@ def _check_samples(run: RunConfig, data: DatasetConfig) -> None:
 def _check_keys(settings: Mapping[str, Value]) -> None:
     """Refuse keys that no section has."""
     known = dict.fromkeys(known_keys(settings))
-    options = tuple(f"{slot}." for slot in COMPRESSOR_GROUPS)
+    options = tuple(f"{slot}." for slot in SLOTS)
     for key, value in settings.items():
         if key not in known and not key.startswith(options):
             raise ConfigError.of(key, value, among(key, known))

@@ -26,7 +26,7 @@ from masksl.dataset import DatasetConfig, DatasetError
 from masksl.engine import EngineError, Shared
 from masksl.engine.options import ENGINES
 from masksl.runtime.checkpoint import CheckpointError
-from masksl.runtime.compressors import compressor_of
+from masksl.runtime.compressors import warm_up
 from masksl.runtime.folder import FolderError, discard, locked
 from masksl.runtime.messages import RunError
 from masksl.settings import RunConfig, Settings, flatten, read
@@ -91,8 +91,7 @@ def _run(settings: Settings, folder: Path) -> None:
         logger.info("%s: finished before, and not repeated", folder)
         return
     server_app.saved_state(settings, folder)  # errors come before the engine starts
-    for slot in config.COMPRESSOR_GROUPS:
-        compressor_of(settings, slot).warm_up()
+    warm_up(settings)  # once, before there are several processes
     engine.run(
         str(settings["engine.name"]),
         partial(server_app.build, settings, folder),

@@ -21,6 +21,7 @@ from masksl.methods.base import State
 from masksl.runtime import checkpoint
 from masksl.runtime.checkpoint import CheckpointError
 from masksl.runtime.clients import ClientManager
+from masksl.runtime.compressors import warm_up
 from masksl.runtime.console import ProgressBar, print_summary
 from masksl.runtime.folder import FolderError, discard, locked
 from masksl.runtime.ledger import Ledger, Link
@@ -83,6 +84,7 @@ def main(grid: Grid, context: Context) -> None:
         engine = "superlink" if is_deployed(grid) else "flower"
         settings = config.compose([f"engine={engine}", *overrides])
         with locked(folder), carried(grid, settings) as carrier:
+            warm_up(settings)
             run(carrier, settings, folder)
     except (CheckpointError, ConfigError, EngineError, FolderError, RunError) as error:
         discard(folder)

@@ -20,6 +20,9 @@ Settings = dict[str, Value]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+SLOTS = ("compressor", "gradient_compressor", "model_compressor")
+"""Groups of the compressors of what goes up, of what comes down, and of models."""
+
 EARLIER: Settings = {
     "method.name": "split",
     "model.stem_stride": 1,

@@ -13,7 +13,7 @@ from masksl import compress, config, dataset, model
 from masksl.config import ConfigError
 from masksl.engine.options import ENGINES
 from masksl.methods import METHODS
-from masksl.settings import flatten, options, parse
+from masksl.settings import SLOTS, flatten, options, parse
 from tests.conftest import ROOT, settings_of
 
 CONF = ROOT / "conf"
@@ -353,11 +353,9 @@ def test_the_method_precedes_groups_and_the_command_line_follows(
 
 
 def test_traffic_sets_all_compressors_and_the_command_line_wins() -> None:
-    slots = ("compressor", "gradient_compressor", "model_compressor")
-
     def names(*overrides: str) -> list[Any]:
         settings = settings_of(*overrides)
-        return [settings["traffic"], *(settings[f"{slot}.name"] for slot in slots)]
+        return [settings["traffic"], *(settings[f"{slot}.name"] for slot in SLOTS)]
 
     assert names() == ["null", "ms", "none", "none"]
     assert names("traffic=paper") == ["paper", "ms", "none", "none"]

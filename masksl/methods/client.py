@@ -26,7 +26,7 @@ from masksl.dataset import (
 from masksl.methods import method_config, method_of
 from masksl.methods.network import initial_units
 from masksl.runtime import messages
-from masksl.runtime.compressors import compressor_of
+from masksl.runtime.compressors import compressor_of, warm_up
 from masksl.settings import (
     RunConfig,
     Section,
@@ -136,8 +136,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
     device = resolve_device(run.client_device)
     method: ClientMethod = method_of(settings).client_side
     module = method.module(settings, initial_units(settings)).to(device)
-    compressor = compressor_of(settings, "compressor")
-    compressor.warm_up()
+    warm_up(settings)
     return Setup(
         settings=settings,
         run=run,
@@ -145,7 +144,7 @@ def _setup(items: tuple[tuple[str, Value], ...]) -> Setup:
         method=method,
         threads=read(ThreadsConfig, settings, "threads").client,
         dataset=dataset,
-        compressor=compressor,
+        compressor=compressor_of(settings, "compressor"),
         optimizer=read(OptimizerConfig, settings, "optimizer"),
         schedule=read(ScheduleConfig, settings, "schedule"),
         compute=read(ComputeConfig, settings, "compute"),

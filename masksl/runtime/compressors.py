@@ -7,7 +7,7 @@ import torch
 
 from masksl import compress
 from masksl.compress import Compressor
-from masksl.settings import ConfigError, Settings, Value, flatten, options
+from masksl.settings import SLOTS, ConfigError, Settings, Value, flatten, options
 
 EXACT = compress.make("none")
 """The compressor that loses nothing."""
@@ -57,3 +57,15 @@ def compressor_of(
         return compress.make(str(name), **given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{slot}.{error}") from error
+
+
+def warm_up(settings: Mapping[str, Value]) -> None:
+    """Compile or load what the compressors of all slots need, before the first round.
+
+    Parameters
+    ----------
+    settings : Mapping[str, Value]
+        All settings, flat, checked.
+    """
+    for slot in SLOTS:
+        compressor_of(settings, slot).warm_up()
