@@ -282,7 +282,7 @@ def test_the_first_error_is_the_only_one() -> None:
 
 def test_every_key_is_declared_once_and_used() -> None:
     """The keys of conf/ are those of the sections, with the same defaults."""
-    groups = tuple(f"{group}." for group in config.COMPRESSOR_GROUPS)
+    groups = tuple(f"{group}." for group in SLOTS)
     for engine in ENGINES:
         settings = settings_of(f"engine={engine}")
         keys = {key for key in settings if not key.startswith(groups)}
@@ -402,7 +402,7 @@ def test_text_is_read_by_the_type_of_its_field() -> None:
 
 
 def test_files_of_groups_agree_with_the_code() -> None:
-    for slot in config.COMPRESSOR_GROUPS:
+    for slot in SLOTS:
         assert stems(slot) == stems("compressor")
     variants = {"ec_fine", "ec_unbiased", "ms_context", "sp_auto", "topk"}
     floating = set(compress.COMPRESSORS) - {"mask"}  # nothing sends masks yet
