@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from masksl.bench import activations, coding, compress, masks, pictures, pruning, sets
+from masksl.bench import (
+    activations,
+    bias,
+    coding,
+    compress,
+    masks,
+    pictures,
+    pruning,
+    sets,
+)
 from masksl.dataset import DATASETS, DatasetError
 from masksl.model import ARCHITECTURES
 from masksl.runtime.checkpoint import CheckpointError
@@ -49,6 +58,12 @@ def main() -> None:
     pictured.add_argument(
         "--run", type=Path, required=True, nargs="+", help="folders of runs"
     )
+
+    biased = commands.add_parser(
+        "bias", help="what compressors change in the gradients of both halves of a run"
+    )
+    biased.add_argument("--run", type=Path, required=True, help="folder of the run")
+    biased.add_argument("--batches", type=at_least_2, default=24, help="2 or more")
 
     kept = commands.add_parser("masks", help="FedPM's masks and votes, by each code")
     kept.add_argument("--repeats", type=int, default=5, help="times each is timed")
@@ -90,12 +105,12 @@ def main() -> None:
     )
     engines.add_argument("--repeats", type=int, default=20, help="exchanges timed")
 
-    for command in (speed, together, pictured, kept, pruned, targets, curves):
+    for command in (speed, together, pictured, biased, kept, pruned, targets, curves):
         command.add_argument("--threads", type=int, default=2, help="PyTorch threads")
-    every = (speed, together, coded, pictured, kept, pruned, targets, curves, engines)
-    for command in every:
+    every = speed, together, coded, pictured, biased, kept, pruned, targets, curves
+    for command in (*every, engines):
         command.add_argument("--json", help="file to write, default bench_NAME.json")
-    for command in (coded, pictured, targets, curves, engines):
+    for command in (coded, pictured, biased, targets, curves, engines):
         command.add_argument("--root", default="data", help="folder of the data sets")
     arguments = parser.parse_args()
     if getattr(arguments, "device", "cpu") == "cuda" and not torch.cuda.is_available():
@@ -105,6 +120,14 @@ def main() -> None:
     except (CheckpointError, DatasetError) as error:
         print(f"masksl: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def at_least_2(text: str) -> int:
+    """Return a number of batches; raises `ValueError` for less than two."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be 2 or more")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -130,6 +153,10 @@ def run(arguments: argparse.Namespace) -> None:
         case "pictures":
             result["networks"] = pictures.measure(arguments.run, arguments.root)
             pictures.show(result["networks"])
+        case "bias":
+            given = arguments.run, arguments.root, arguments.batches
+            result |= bias.measure(*given)
+            bias.show(result)
         case "masks":
             result["rows"] = masks.measure(arguments.repeats)
             masks.show(result["rows"])
