@@ -225,6 +225,7 @@ def check_resume(
 
 
 _FREE_ON_RESUME = (
+    "traffic",  # the compressors that it sets are compared
     *("engine.", "checkpoint.", "resume", "min_clients", "target"),
     *("dataset.root", "dataset.download", "dataset.workers", "dataset.unreadable"),
     "tracking.",

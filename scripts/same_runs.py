@@ -30,6 +30,7 @@ TIMED = ("wall_seconds", "train_seconds", "samples_per_second", "shares")
 SMALL = (
     *("engine=local", "rounds=2", "clients=4", "fraction=0.75", "evaluations=2"),
     *("dataset.limit=250", "dataset.test_limit=60", "threads.server=1"),
+    *("gradient_compressor=none", "model_compressor=none"),
 )
 # Overrides of the six small runs by name.
 RUNS = {

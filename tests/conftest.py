@@ -30,11 +30,21 @@ from masksl.settings import Settings
 from masksl.strategy import RoundStrategy
 
 ROOT = Path(__file__).resolve().parents[1]
+PAPER = "traffic=paper"
+
+
+# Of these each says itself what travels.
+_GROUPS = "traffic=", "method=", "contender=", "experiment="
 
 
 def settings_of(*overrides: str) -> Settings:
-    """Return the settings that the command line with these overrides makes."""
-    return config.compose(["engine=local", *overrides])
+    """Return the settings that the command line with these overrides makes.
+
+    Where they do not say what travels, it is as in the paper, not as by default: exact
+    gradients and client halves let most tests compare with training in one piece.
+    """
+    plain = [] if any(each.startswith(_GROUPS) for each in overrides) else [PAPER]
+    return config.compose(["engine=local", *plain, *overrides])
 
 
 @dataclass

@@ -268,6 +268,13 @@ def test_runs_from_before_an_option_are_resumed_with_its_default() -> None:
         config.check_resume(stochastic, earlier, 1)
 
 
+def test_the_name_of_a_preset_does_not_matter_to_a_resumed_run() -> None:
+    settings = settings_of("traffic=paper")
+    config.check_resume(settings, settings | {"traffic": "null"}, 1)
+    with pytest.raises(ConfigError, match="model_compressor.name .'none' there, 'ec'"):
+        config.check_resume(settings_of("traffic=compact"), settings, 1)
+
+
 def test_missing_keys_are_named() -> None:
     settings = settings_of()
     del settings["rounds"]
@@ -324,13 +331,13 @@ def test_every_field_says_what_is_allowed() -> None:
 def test_the_method_precedes_groups_and_the_command_line_follows(
     tmp_path: Path,
 ) -> None:
-    """Precedence: base < method < traffic < federation < experiment < command line."""
+    """Precedence: base < traffic < method < federation < experiment < command line."""
     own = "method: {name: split}\ncut: 2\nclient_sync: step\n"
-    own += "gradient_positions: all\ntraffic: null\n"
+    own += "gradient_positions: all\n"
     # by group: rounds, the compressor that it chooses, and more
     files = {
-        "method": (1, "sp", own),
-        "traffic": (2, "rt", "traffic: paper\n"),
+        "traffic": (1, "sp", "traffic: paper\n"),
+        "method": (2, "rt", own),
         "federation": (3, "", ""),
         "experiment": (4, "fp", ""),
     }
@@ -357,7 +364,7 @@ def test_traffic_sets_all_compressors_and_the_command_line_wins() -> None:
         settings = settings_of(*overrides)
         return [settings["traffic"], *(settings[f"{slot}.name"] for slot in SLOTS)]
 
-    assert names() == ["null", "ms", "none", "none"]
+    assert names("method=split") == ["compact", "ec", "ec", "ec"]
     assert names("traffic=paper") == ["paper", "ms", "none", "none"]
     assert names("traffic=compact") == ["compact", "ec", "ec", "ec"]
     assert names("traffic=compact", "model_compressor=none", "compressor=qu") == [

@@ -12,7 +12,7 @@ from masksl import dataset, main
 from masksl.dataset import DATASETS, TensorImages
 from masksl.runtime import results
 from masksl.training.compute import ComputeConfig, compute
-from tests.conftest import ROOT, settings_of
+from tests.conftest import PAPER, ROOT, settings_of
 from tests.data.folders import make_imagenet, make_tiny_imagenet
 
 COMPRESSORS = sorted(path.stem for path in (ROOT / "conf/compressor").glob("*.yaml"))
@@ -99,6 +99,7 @@ def test_the_stride_of_the_stem_reaches_clients_and_server(
     job = (
         *("dataset.name=toy", "model=resnet8", "rounds=1", "clients=2"),
         *("dataset.limit=60", "compressor=none", f"method={method}"),
+        *([PAPER] if method == "split" else []),
     )
     rows = []
     for stride in (1, 2):

@@ -20,7 +20,7 @@ from masksl.engine.local import open_grid
 from tests.conftest import ROOT, train
 
 FLWR = Path(sys.executable).with_name("flwr")
-OVERRIDES = 'overrides="rounds=1 compressor=qu federation=paper"'
+OVERRIDES = 'overrides="rounds=1 traffic=paper compressor=qu federation=paper"'
 
 
 @pytest.fixture

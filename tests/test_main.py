@@ -15,9 +15,9 @@ import yaml
 
 from masksl import cli, config, main
 from masksl.runtime import results
-from tests.conftest import ROOT, settings_of
+from tests.conftest import PAPER, ROOT, settings_of
 
-QUICK = ("engine=local", "rounds=2", "clients=3", "dataset.limit=160")
+QUICK = (PAPER, "engine=local", "rounds=2", "clients=3", "dataset.limit=160")
 
 
 def masksl(*overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -71,14 +71,20 @@ def test_the_default_job_reaches_95_percent(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = results.read_summary(tmp_path)
     assert summary["top1"] >= 0.95
-    assert 13.6 < summary["compression_factor"] < 13.8
-    printed = " ".join(done.stdout.split())
+    assert summary["factor_total"] > 14.5
+    printed = figures_of(done.stdout)
     for page in ("README.md", "docs/running.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        quoted = re.findall(r"^│.* [\d,]+ B │$|^│ compression .*$", text, re.M)
+        quoted = figures_of((ROOT / page).read_text(encoding="utf-8"))
         assert len(quoted) >= 4
-        for line in quoted:
-            assert " ".join(line.split()) in printed, (page, line)
+        for label, figure in quoted.items():  # coded sizes depend on the processor
+            assert printed[label] == pytest.approx(figure, rel=0.02), (page, label)
+
+
+def figures_of(text: str) -> dict[str, float]:
+    """Return the bytes and the factors in a run's table, by label."""
+    lines = re.findall(r"^│ (.*?) +│ +([\d,]+) B │$", text, re.M)
+    lines += re.findall(r"^│ (compression .*?) +│ +([\d.]+) │$", text, re.M)
+    return {label: float(figure.replace(",", "")) for label, figure in lines}
 
 
 def test_multirun_sweeps(tmp_path: Path) -> None:
@@ -104,7 +110,10 @@ def test_multirun_sweeps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("compressor.sparsity=1.5",), "compressor.sparsity=1.5: must be at least 0"),
+        (
+            (PAPER, "compressor.sparsity=1.5"),
+            "compressor.sparsity=1.5: must be at least 0",
+        ),
         (("cut=7",), "cut=7: must be shallow, medium, deep or a whole number"),
         (("clients=5000",), "clients=5000: must be at most 1437"),
         (

@@ -154,8 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
             result["networks"] = pictures.measure(arguments.run, arguments.root)
             pictures.show(result["networks"])
         case "bias":
-            given = arguments.run, arguments.root, arguments.batches
-            result |= bias.measure(*given)
+            result |= bias.measure(arguments.run, arguments.root, arguments.batches)
             bias.show(result)
         case "masks":
             result["rows"] = masks.measure(arguments.repeats)

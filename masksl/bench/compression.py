@@ -8,7 +8,7 @@ from masksl.bench import steps
 
 JOB = (
     *("task=resnet8_cifar10", "cut=medium", "clients=10", "batch_size=26"),
-    "client_sync=step",
+    *("traffic=paper", "client_sync=step"),
     *("dataset.limit=5200", "dataset.test_limit=260"),
 )
 PLACES: dict[str, tuple[str, ...]] = {

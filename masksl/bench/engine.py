@@ -31,10 +31,10 @@ PARTS = ("exchanges", "deployed", "steps", "compression", "iterations", "memory"
 
 # Overrides of the jobs whose training steps are timed; the second needs CIFAR-10.
 JOBS: dict[str, tuple[str, ...]] = {
-    "default job": ("client_sync=round",),
+    "small CNN, digits": ("traffic=paper", "client_sync=round"),
     "small CNN, CIFAR-10": (
         *("dataset=cifar10", "dataset.limit=5200", "dataset.test_limit=260"),
-        "client_sync=round",
+        *("traffic=paper", "client_sync=round"),
     ),
 }
 

@@ -30,7 +30,8 @@ def measure(clients: int, *overrides: str) -> dict[str, Any]:
     """
     rounds = max(1, 200 // clients)  # rounds of few clients are short
     job = (
-        *("dataset=mnist", "batch_size=8", "client_sync=round", f"rounds={rounds}"),
+        *("traffic=paper", "client_sync=round", f"rounds={rounds}"),
+        *("dataset=mnist", "batch_size=8"),
         *(f"clients={clients}", f"dataset.limit={SAMPLES * clients}"),
         *(f"dataset.test_limit={10 * clients}", "checkpoint.every=0"),
     )

@@ -16,7 +16,10 @@ CUTS = ("shallow", "medium", "deep")
 # Three accounts of the traffic: the paper's, and two that count more.
 ACCOUNTS = ("activations", "with labels", "everything")
 # Prefixes of the keys that may differ between runs of one line.
-FREE = ("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking.")
+FREE = (
+    *("seed", "dataset.root", "engine.", "checkpoint.", "resume", "tracking."),
+    "traffic",  # the compressors that it sets are compared
+)
 # Prefixes of the keys that may also differ between compressors.
 _COMPRESSION = ("compressor.", "gradient_", "cut", "plugins")
 # Keys that a run must have, by the file that holds them.

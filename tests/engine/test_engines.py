@@ -31,6 +31,7 @@ def run(settings: Settings, folder: Path) -> list[dict[str, Any]]:
     "options",
     [
         ("client_sync=round",),
+        pytest.param(("traffic=compact",), marks=pytest.mark.slow),
         pytest.param(("client_sync=step",), marks=pytest.mark.slow),
         pytest.param(("client_sync=never",), marks=pytest.mark.slow),
         pytest.param(

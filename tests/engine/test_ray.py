@@ -17,7 +17,7 @@ from masksl.engine import EngineError, Shared, packing, ray_access, ray_session
 from masksl.engine.options import RayOptions
 from masksl.engine.ray import RayGrid, host_specs
 from masksl.runtime import results
-from tests.conftest import ROOT, settings_of, train, untimed
+from tests.conftest import PAPER, ROOT, settings_of, train, untimed
 from tests.engine.ray_runs import left_behind, ray_folder
 
 SMALL = ("rounds=2", "clients=5", "dataset.limit=230", "dataset.test_limit=60")
@@ -164,7 +164,7 @@ def test_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cluster.add_node(num_cpus=1, resources={"bob": 1})
         pins = '["alice 0-2 dataset-root=/srv/alice","bob 3-4 dataset-root=/srv/bob"]'
         command = [
-            *(sys.executable, "-m", "masksl.main", *SMALL, "engine=ray"),
+            *(sys.executable, "-m", "masksl.main", *SMALL, PAPER, "engine=ray"),
             *("engine.hosts=1", f"engine.address='{cluster.address}'"),
             *(f"engine.pin={pins}", f"hydra.run.dir={tmp_path}/run"),
         ]

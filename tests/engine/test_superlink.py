@@ -74,8 +74,9 @@ def ask(
 @pytest.mark.parametrize(
     "options",
     [
-        ("client_sync=round",),
+        ("traffic=compact",),
         ("method=fedavg",),
+        pytest.param(("client_sync=round",), marks=pytest.mark.slow),
         pytest.param(("client_sync=step",), marks=pytest.mark.slow),
         pytest.param(("client_sync=never",), marks=pytest.mark.slow),
         pytest.param(("method=fedpm",), marks=pytest.mark.slow),

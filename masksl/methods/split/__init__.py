@@ -23,7 +23,7 @@ class SplitConfig(Section):
     gradient_positions : str
         Positions at which a gradient is sent: ``all``, or ``kept``, those that the
         frame of its activation kept.
-    traffic : str | None
+    traffic : str
         Preset that the compressors of all three slots come from, unless they are given.
     """
 
@@ -39,6 +39,6 @@ class SplitConfig(Section):
     gradient_positions: Literal["all", "kept"] = Field(
         "all", description="one of all, kept"
     )
-    traffic: Literal["exact", "paper", "compact"] | None = Field(
-        None, description="null, exact, paper or compact"
+    traffic: Literal["exact", "paper", "compact"] = Field(
+        "compact", description="one of exact, paper, compact"
     )
