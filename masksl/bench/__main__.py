@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def at_least_2(text: str) -> int:
-    """Return a number of batches; raises `ValueError` for less than two."""
+    """Return a number of batches, refuse less than two."""
     number = int(text)
     if number < 2:
         raise argparse.ArgumentTypeError(f"{text}: must be 2 or more")

@@ -302,6 +302,15 @@ def trained(folder: Path) -> tuple[model.Units, dict[str, Any]]:
     return list(network_of(tensors, run)), facts | {"settings": run}
 
 
+def described(facts: dict[str, Any]) -> Row:
+    """Return what tables say of the network of `trained`, given its facts."""
+    return {
+        "model": network_name(facts["settings"]),
+        "dataset": facts["settings"]["dataset.name"],
+        "top1": facts["rows"][-1]["top1"],
+    }
+
+
 def show_figure2(result: dict[str, Any]) -> None:
     """Print the rows of `figure2` as a table."""
     network = Network(**result["network"])

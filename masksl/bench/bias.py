@@ -19,10 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from masksl import model
-from masksl.bench.activations import label, trained
+from masksl.bench.activations import described, label, trained
 from masksl.compress import decode, make
 from masksl.dataset import DatasetConfig, load
-from masksl.runtime.results import network_name
 from masksl.training.score import mean_loss
 from masksl.utils import seeded_generator
 
@@ -175,15 +174,9 @@ def measure(run: Path, root: str, batches: int) -> Row:
         batch = halves.batch(images, labels)
         for trial in trials:
             trial.add(halves, batch, number)
-    network = {
-        "model": network_name(settings),
-        "dataset": settings["dataset.name"],
-        "rounds": len(facts["rows"]),
-        "top1": facts["rows"][-1]["top1"],
-        "cut": settings["cut"],
-    }
+    place = {"rounds": len(facts["rows"]), "cut": settings["cut"]}
     rows = [trial.row() for trial in trials]
-    return {"network": network, "batches": batches, "rows": rows}
+    return {"network": described(facts) | place, "batches": batches, "rows": rows}
 
 
 class Trial:

@@ -50,9 +50,8 @@ def frames_of(
     # Imported here: a process that times has the package of another checkout.
     # pylint: disable=import-outside-toplevel
     from masksl import model
-    from masksl.bench.activations import activation, trained
+    from masksl.bench.activations import activation, described, trained
     from masksl.dataset import DatasetConfig, load
-    from masksl.runtime.results import network_name
 
     units, facts = trained(run)
     settings = facts["settings"]
@@ -67,12 +66,7 @@ def frames_of(
         cut: [activation(units, count, part) for part in images.split(SAMPLES)]
         for cut, count in model.ARCHITECTURES[name].cuts.items()
     }
-    network = {
-        "model": network_name(settings),
-        "dataset": settings["dataset.name"],
-        "top1": facts["rows"][-1]["top1"],
-    }
-    return frames, network
+    return frames, described(facts)
 
 
 def time_cases(frames: dict[str, list[torch.Tensor]]) -> list[Row]:

@@ -48,7 +48,7 @@ _NEEDED = (
     *(f"{slot}.name" for slot in SLOTS),
 )
 # Prefixes of keys that may differ between lines.
-_COMPRESSION = (*(f"{slot}." for slot in SLOTS), "traffic", "gradient_positions")
+_COMPRESSION = (*(f"{slot}." for slot in SLOTS), "gradient_positions")
 
 
 @dataclass(frozen=True)
