@@ -160,7 +160,7 @@ def check(settings: Mapping[str, Value]) -> None:
             raise ConfigError.of(key, settings[key], allowed)
     _check_gradient_positions(settings)
     if settings["method.name"] == "split":
-        _check_halves(settings)
+        _check_halves(compressors["model_compressor"])
     for key in ("device", "client_device"):
         _check_device(key, str(settings[key]))
     _check_participation(run)
@@ -204,8 +204,9 @@ def check_resume(
         Naming every key that differs.
     """
     free: tuple[str, ...] = _FREE_ON_RESUME
-    for slot in SLOTS:  # options that came later
+    for slot in SLOTS:  # options that came later, or that were left out
         saved = default_options(saved, slot) | dict(saved)
+        settings = default_options(settings, slot) | dict(settings)
     earlier = {key: value for key, value in EARLIER.items() if key in settings}
     saved = earlier | dict(saved)
     schedule = read(ScheduleConfig, settings, "schedule")
@@ -322,18 +323,25 @@ def _check_gradient_positions(settings: Mapping[str, Value]) -> None:
         raise ConfigError.of("gradient_compressor.scope", "sample", allowed)
 
 
-def _check_halves(settings: Mapping[str, Value]) -> None:
+def _check_halves(compressor: Compressor) -> None:
     """Refuse compressors of halves whose errors grow: these are added to the next.
 
-    One change's error is larger than the change itself.
+    One change's error is larger than the change itself; that of ``qu`` is if a few
+    elements are much larger than the rest. A ``sign`` that stands for 1 moves what does
+    not change.
     """
-    slot, why = "model_compressor", "where what a change loses is added to the next one"
-    if settings[f"{slot}.name"] == "qsgd":
-        allowed = f"another one than qsgd with method=split, {why}"
-        raise ConfigError.of(f"{slot}.name", "qsgd", allowed)
-    if settings[f"{slot}.name"] == "ec" and settings[f"{slot}.rounding"] != "nearest":
-        allowed = f"nearest with method=split, {why}"
-        raise ConfigError.of(f"{slot}.rounding", settings[f"{slot}.rounding"], allowed)
+    refused = {
+        "qsgd": ("name", ("qsgd",), "another one than qsgd"),
+        "ec": ("rounding", ("stochastic",), "nearest"),
+        "qu": ("bits", (1, 2, 3), "at least 4"),
+        "sign": ("magnitude", ("none",), "mean"),
+    }
+    option, values, allowed = refused.get(compressor.name, ("name", (), ""))
+    value = getattr(compressor, option)
+    if value in values:
+        why = "where what a change loses is added to the next one"
+        key = f"model_compressor.{option}"
+        raise ConfigError.of(key, value, f"{allowed} with method=split, {why}")
 
 
 def _check_participation(run: RunConfig) -> None:

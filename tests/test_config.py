@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,18 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
             ("model_compressor=qsgd", "client_sync=step"),
             "model_compressor.name='qsgd': must be another one than qsgd with method",
         ),
+        (
+            ("model_compressor=qu",),
+            "model_compressor.bits=3: must be at least 4 with method=split, where what",
+        ),
+        (
+            ("model_compressor=sign",),
+            "model_compressor.magnitude='none': must be mean with method=split, where",
+        ),
+        (
+            ("compressor=ec", "compressor.deadzone=1.2"),
+            "compressor.deadzone=1.2: must be a number from 0.5 to 1",
+        ),
         *(
             (
                 (f"method={name}", "traffic=compact"),
@@ -266,6 +279,15 @@ def test_runs_from_before_an_option_are_resumed_with_its_default() -> None:
     stochastic = settings | {"compressor.rounding": "stochastic"}
     with pytest.raises(ConfigError, match="compressor.rounding .'nearest' there, 'st"):
         config.check_resume(stochastic, earlier, 1)
+
+
+def test_an_option_that_is_left_out_has_its_default() -> None:
+    whole = settings_of("traffic=compact")
+    shorter = {k: v for k, v in whole.items() if k != "model_compressor.rounding"}
+    assert shorter != whole
+    config.check(shorter)
+    for pair in product((whole, shorter), repeat=2):
+        config.check_resume(*pair, 1)
 
 
 def test_the_name_of_a_preset_does_not_matter_to_a_resumed_run() -> None:

@@ -107,7 +107,7 @@ class EntropyCodedQuantization(Compressor):
         for option, value in given:
             check_number(option, value, 1e-4, 1 if option == "error" else 32)
         if self.deadzone is not None:
-            check_number("deadzone", self.deadzone, 0.5, 1 + 1e-9)
+            check_number("deadzone", self.deadzone, 0.5, 1, inclusive=True)
         check_choice("context", self.context, ("spatial", "none"))
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
         if self.rounding == "stochastic":

@@ -19,12 +19,19 @@ def check_whole(option: str, value: int, least: int, most: int) -> None:
         )
 
 
-def check_number(option: str, value: float, least: float, most: float) -> None:
-    """Check that a number is at least ``least`` and less than ``most``."""
+def check_number(
+    option: str, value: float, least: float, most: float, *, inclusive: bool = False
+) -> None:
+    """Check that a number is at least ``least`` and less than ``most``.
+
+    It may be ``most`` as well if that is ``inclusive``.
+    """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and least <= value < most):
+    within = number and least <= value <= most and (inclusive or value < most)
+    if not within:
+        below = "" if inclusive else "less than "
         raise ValueError(
-            f"{option}={value!r}: must be a number from {least:g} to less than {most:g}"
+            f"{option}={value!r}: must be a number from {least:g} to {below}{most:g}"
         )
 
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "encode_set",
 ]
 
+_LITTLE = 3  # a tensor hardly varies whose root mean square is as many deviations
 
 # --- encoding -------------------------------------------------------------------------
 
@@ -62,7 +64,8 @@ def encode_set(
         not one after another.
     scaled : bool
         Whether each compressed tensor is divided by its standard deviation before, and
-        multiplied by it after. It is sent in float32, float64 for float64 tensors, and
+        multiplied by it after; by its root mean square, where that is more than three
+        times as large. This scale is sent in float32, float64 for float64 tensors, and
         is 1 where it is 0, not finite, or too small for the quotients' type.
     seed : int
         Seed of random draws. Tensor i of ``tensors``, from 0 on, draws with half of the
@@ -175,16 +178,29 @@ class _Packer:
         return bounds
 
     def _scales(self, flats: Sequence[Tensor], bounds: Sequence[Bounds]) -> list[float]:
-        """Return the standard deviation of each population, 1 where it is of no use."""
+        """Return what each tensor is divided by, 1 where it is of no use.
+
+        Divided by its deviation alone, a tensor that hardly varies around its mean
+        would be larger than all that it is joined with.
+        """
         for name, flat in zip(self.coded, flats, strict=True):
             if not flat.is_floating_point():
                 raise ValueError(f"scaled=True: tensor {name} is {flat.dtype}")
-        scales = _to_floats([planes.working(f).std(correction=0) for f in flats])
-        for i, (flat, own) in enumerate(zip(flats, bounds, strict=True)):
+        works = [planes.working(flat) for flat in flats]
+        found = [[work.std(correction=0), work.mean()] for work in works]
+        numbers = _to_floats(list(chain.from_iterable(found)))
+        scales = []
+        for flat, own, scale, mean in zip(
+            flats, bounds, numbers[::2], numbers[1::2], strict=True
+        ):
+            whole = math.hypot(scale, mean)
+            if _LITTLE * scale < whole < math.inf:
+                scale = whole
             most = torch.finfo(flat.dtype).max
-            usable = scales[i] > 0 and math.isfinite(scales[i])
-            if not usable or max(map(abs, own)) / scales[i] > most:
-                scales[i] = 1.0
+            usable = scale > 0 and math.isfinite(scale)
+            if not usable or max(map(abs, own)) / scale > most:
+                scale = 1.0
+            scales.append(scale)
         return scales
 
     def _entries(

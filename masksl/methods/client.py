@@ -391,7 +391,7 @@ class Client:
     def metrics(self, **more: Any) -> MetricRecord:
         """Return measurements: the process, its seconds by activity, and others."""
         seconds = {f"{name}_seconds": s for name, s in self.watch.seconds.items()}
-        return MetricRecord({"worker": _worker()} | seconds | more)
+        return MetricRecord({messages.WORKER: _worker()} | seconds | more)
 
 
 def place_of(content: RecordDict) -> Place:

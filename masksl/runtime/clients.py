@@ -280,6 +280,8 @@ class ClientManager:
                 f"within {self.timeout:.0f} s"
             )
         for number, reason in failed.items():
+            if phase == TRAINING or down[number]:  # else nothing that it keeps changed
+                self.clients[number].version = UNKNOWN
             self._leave_out(round_, self.clients[number], phase, step, reason)
         self.ledger.exchange(phase, down, up)
         _divide(round_, replies.values(), seconds)
@@ -311,6 +313,8 @@ class ClientManager:
                 replies[number] = _content(reply, place)
                 with ends_run(place):
                     up[number] = messages.entries(replies[number])
+                    for name in (messages.WORKER, *metrics_of(replies[number])):
+                        messages.metric_of(replies[number], name)
         if lost:
             every = [*down.values(), *up.values()]
             raise NodesLost(lost, sum(e.bytes for entries in every for e in entries))
@@ -321,7 +325,6 @@ class ClientManager:
         self, round_: "Round", client: ClientInfo, phase: str, step: int, reason: str
     ) -> None:
         """Leave a client out for the rest of a phase."""
-        client.version = UNKNOWN
         round_.fail(client, phase, step, reason)
         logger.warning(
             "round %d, %s, step %d: client %d failed and is left out: %s",
@@ -334,10 +337,11 @@ def _divide(round_: "Round", replies: Iterable[RecordDict], seconds: float) -> N
     workers: dict[int, tuple[float, float]] = {}
     for content in replies:
         metrics = metrics_of(content)
-        compute, codec = workers.get(metrics["worker"], (0.0, 0.0))
+        worker = metrics[messages.WORKER]
+        compute, codec = workers.get(worker, (0.0, 0.0))
         compute += metrics.get("compute_seconds", 0.0)
         codec += metrics.get("codec_seconds", 0.0)
-        workers[metrics["worker"]] = compute, codec
+        workers[worker] = compute, codec
     compute, codec = max(workers.values(), key=sum, default=(0.0, 0.0))
     spent = round_.watch.seconds
     spent["clients"] += compute

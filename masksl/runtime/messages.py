@@ -5,6 +5,7 @@ Records of a message are named after the kinds of the ledger (``activation``,
 round and the step, ``metrics`` measurements, ``failure`` the reason why a run must end.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ PLACE = "place"
 METRICS = "metrics"
 FAILURE = "failure"
 SETTINGS = "settings"
+WORKER = "worker"  # measurement of every reply: its process
 STATE = "state."  # prefix of records that restore a client's own state
 
 FRAME = "masksl.frame"
@@ -81,6 +83,14 @@ def metrics_of(content: RecordDict) -> dict[str, Any]:
     """Return the measurements of a message, {} if it has none."""
     record = content.get(METRICS)
     return dict(record) if isinstance(record, MetricRecord) else {}
+
+
+def metric_of(content: RecordDict, name: str) -> float:
+    """Return a measurement of a message; `FrameError` unless it is a finite number."""
+    value = metrics_of(content).get(name)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise FrameError(f"{METRICS} with {name}={value}, expected a finite number")
+    return value
 
 
 def place_of(content: RecordDict) -> dict[str, Any]:

@@ -116,6 +116,21 @@ class Round:
         self.loss += loss * samples
         self.samples += samples
 
+    def add_losses(self, replies: Mapping[int, RecordDict], step: int) -> float | None:
+        """Add the training losses that clients report, ``loss`` and ``samples``.
+
+        Return their mean over samples, None without samples.
+        """
+        total, count = 0.0, 0
+        for number, content in replies.items():
+            with messages.ends_run(self.place(step, number)):
+                loss = messages.metric_of(content, "loss")
+                samples = int(messages.metric_of(content, "samples"))
+            self.add_loss(loss, samples)
+            total += loss * samples
+            count += samples
+        return total / count if count else None
+
     def shares(self, seconds: float) -> dict[str, float]:
         """Return the share of each activity in a time, and of all ``other``."""
         spent = self.watch.seconds

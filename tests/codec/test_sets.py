@@ -316,11 +316,14 @@ def test_joined_tensors_are_one_frame() -> None:
 
 def test_scales_are_standard_deviations() -> None:
     wide, flat = torch.randn(1000) * 50 + 3, torch.full((9,), 2.5)
-    sent = {"wide": wide, "flat": flat, "one": torch.tensor(4.0)}
+    far = torch.randn(100) + 8
+    sent = {"wide": wide, "flat": flat, "one": torch.tensor(-4.0), "far": far}
+    sent["zero"] = torch.zeros(5)
     data = encode_set(sent, make("none", values="bfloat16"), scaled=True)
-    scales = struct.unpack_from("<3f", data, 33)
+    scales = struct.unpack_from("<5f", data, 33)
     assert scales[0] == pytest.approx(float(wide.double().std(correction=0)), rel=1e-5)
-    assert scales[1:] == (1.0, 1.0)
+    root = float(far.double().square().mean().sqrt())  # more than three deviations
+    assert scales[1:] == (2.5, 4.0, pytest.approx(root, rel=1e-5), 1.0)
     received = decode_set(data, sent)
     expected = (wide / scales[0]).bfloat16().float() * scales[0]
     assert torch.equal(received["wide"], expected)
@@ -335,6 +338,21 @@ def test_scales_are_standard_deviations() -> None:
         for scaled in (False, True)
     }
     assert kept[False] == 0 and 20 < kept[True] < 80
+
+
+def test_a_tensor_that_hardly_varies_leaves_room_for_those_joined_with_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    sent = {
+        "normal": torch.randn(4000, generator=generator) * 1e-3,
+        "shifted": 1 + 0.02 * torch.randn(64, generator=generator),
+        "small": torch.tensor([1e-3, 1.0001e-3]),
+        "one": torch.tensor([1e-5]),
+    }
+    data = encode_set(sent, make("ec", error=0.25), joined=True, scaled=True)
+    received = decode_set(data, sent)
+    for name, tensor in sent.items():
+        error = (received[name] - tensor).norm() / tensor.norm()
+        assert error < 0.3, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

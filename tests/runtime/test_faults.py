@@ -1,19 +1,22 @@
 """Clients that fail are left out, hosts that die are replaced, nothing is lost."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from flwr.app import MetricRecord
 
 from masksl import main
 from masksl.engine import packing
 from masksl.engine import ray as engine
 from masksl.methods.client import Client
 from masksl.methods.split import client as split
-from masksl.runtime import results
+from masksl.runtime import messages, results
 from masksl.runtime.messages import RunError
 from tests.conftest import prepare, settings_of, train, untimed
 
@@ -46,6 +49,30 @@ def test_a_client_that_fails_is_left_out(sync: str) -> None:
     assert third["samples"] == 184
 
 
+@pytest.mark.parametrize("traffic", ["paper", "compact"])
+@pytest.mark.parametrize("sync", ["step", "round", "never"])
+def test_a_failure_in_an_evaluation_does_not_touch_training(
+    sync: str, traffic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client fails between the steps of a round: what it has trained goes on."""
+    job = (*SMALL[:1], "clients=2", "dataset.limit=104", "dataset.test_limit=40")
+    job = (*job, f"client_sync={sync}", f"traffic={traffic}", "evaluations=2")
+    whole = train(*job)
+    evaluate, failed = split.HANDLERS["evaluate.forward"], []
+
+    def fail(client: Client, content: Any) -> Any:
+        if client.number == 1 and not failed:
+            failed.append(messages.place_of(content)["round"])
+            raise ValueError("out of paper")
+        return evaluate(client, content)
+
+    monkeypatch.setitem(split.HANDLERS, "evaluate.forward", fail)
+    disturbed = train(*job)
+    assert failed == [1] and disturbed.rows[0]["left_out"]
+    for name, tensor in whole.server.state().tensors.items():
+        assert torch.equal(disturbed.server.state().tensors[name], tensor), name
+
+
 def test_weights_adapt_to_those_who_are_left() -> None:
     """Of two clients one fails at once: the round is that of the other alone."""
     overrides = ("rounds=1", "clients=2", "dataset.limit=52", "client_sync=round")
@@ -69,6 +96,33 @@ def test_weights_adapt_to_those_who_are_left() -> None:
             assert tensor.equal(tensors[name])
     up = row["bytes"]["training"]["up"]
     assert up["label"] == 26
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured", "line"),
+    [
+        ("train.forward", {"worker": 1, "relative_error": math.nan}, "relative_error"),
+        ("train.forward", {"rebuilt": 0}, "worker=None"),
+        ("train.backward", {"worker": 1}, "rebuilt=None"),
+        ("evaluate.forward", {"worker": 1, "codec_seconds": math.inf}, "codec_seconds"),
+    ],
+)
+def test_broken_measurements_end_a_run(
+    kind: str, measured: Any, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = split.HANDLERS[kind]
+
+    def lie(client: Client, content: Any) -> Any:
+        reply = handler(client, content)
+        reply["metrics"] = MetricRecord(measured)
+        return reply
+
+    monkeypatch.setitem(split.HANDLERS, kind, lie)
+    with pytest.raises(RunError) as caught:
+        train(*SMALL, "rounds=1")
+    text = str(caught.value)
+    assert text.startswith("round 1, step 0, client 0") and line in text
+    assert text.endswith(", expected a finite number") and "\n" not in text
 
 
 def test_too_few_clients_end_a_run(caplog: pytest.LogCaptureFixture) -> None:

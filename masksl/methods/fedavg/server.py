@@ -20,7 +20,7 @@ from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import Traffic, compression_factor
-from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.messages import RunError, ends_run
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
@@ -84,16 +84,11 @@ class FedAvgServer(ServerMethod):
         clients = round_.active(round_.clients)
         sent = {c.number: self._request(round_, c, step) for c in clients}
         replies = round_.exchange(TRAIN, sent, step=step, label=self._up)
-        total, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._up)):
                 with round_.watch("codec"):
                     self._received[number] = self._decode(content)
-            metrics = metrics_of(content)
-            round_.add_loss(metrics["loss"], metrics["samples"])
-            total += metrics["loss"] * metrics["samples"]
-            samples += metrics["samples"]
-        return total / samples if samples else None
+        return round_.add_losses(replies, step)
 
     def finish(self, round_: Round) -> None:
         """Average what was sent up, or count votes, and move the model."""

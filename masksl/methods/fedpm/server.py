@@ -33,7 +33,7 @@ from masksl.methods.network import initial_units, spec_of
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo, ClientManager
 from masksl.runtime.ledger import Traffic
-from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.messages import RunError, ends_run
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
@@ -160,18 +160,13 @@ class FedPmServer(ServerMethod):
             sent[client.number] = content
         replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
         own = digest(self.frozen, self.theta)
-        total, samples = 0.0, 0
         for number, content in replies.items():
             where = round_.place(step, number, self._label)
             with ends_run(where), round_.watch("codec"):
                 if messages.raw_of(content, DIGEST, len(own)) != own:
                     raise RunError(f"{where}: client has other weights or votes")
                 self._count.add(number, self._mask(round_, number, content))
-            metrics = metrics_of(content)
-            round_.add_loss(metrics["loss"], metrics["samples"])
-            total += metrics["loss"] * metrics["samples"]
-            samples += metrics["samples"]
-        return total / samples if samples else None
+        return round_.add_losses(replies, step)
 
     def _mask(self, round_: Round, number: int, content: RecordDict) -> np.ndarray:
         """Decode the mask of a client."""

@@ -27,7 +27,7 @@ from masksl.methods.network import initial_units
 from masksl.runtime import messages
 from masksl.runtime.clients import ClientInfo, ClientManager
 from masksl.runtime.ledger import DOWN, UP, Traffic
-from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.messages import RunError, ends_run
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
@@ -133,16 +133,11 @@ class FlashServer(ServerMethod):
             self.tensors = self.start.masked(self.start.weights(counts), mask)
         sent = self._requests(round_, step)
         replies = round_.exchange(TRAIN, sent, step=step, label=self._label)
-        total, samples = 0.0, 0
         for number, content in replies.items():
             place = round_.place(step, number, self._label)
             with ends_run(place), round_.watch("codec"):
                 self._add(round_, number, content)
-            metrics = metrics_of(content)
-            round_.add_loss(metrics["loss"], metrics["samples"])
-            total += metrics["loss"] * metrics["samples"]
-            samples += metrics["samples"]
-        return total / samples if samples else None
+        return round_.add_losses(replies, step)
 
     def _warm_up(self, round_: Round) -> list[int]:
         """Run the first stage; return the weights of each layer of the first mask."""

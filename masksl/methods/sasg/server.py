@@ -43,7 +43,7 @@ from masksl.runtime import messages
 from masksl.runtime.clients import UNKNOWN, ClientInfo, ClientManager
 from masksl.runtime.compressors import EXACT, compressor_of
 from masksl.runtime.ledger import DOWN, UP, Traffic
-from masksl.runtime.messages import RunError, ends_run, metrics_of
+from masksl.runtime.messages import RunError, ends_run
 from masksl.runtime.round import Round
 from masksl.settings import RunConfig, Settings
 from masksl.training.compute import resolve_device
@@ -145,18 +145,14 @@ class SasgServer(ServerMethod):
         if not step:
             self._compare(round_, replies)
         self.workers.fresh = []
-        loss, samples = 0.0, 0
         for number, content in replies.items():
             with ends_run(round_.place(step, number, self._label)):
                 with round_.watch("codec"):
                     self._take(number, content, threshold)
-            metrics = metrics_of(content)
-            round_.add_loss(metrics["loss"], metrics["samples"])
-            loss += metrics["loss"] * metrics["samples"]
-            samples += metrics["samples"]
+        loss = round_.add_losses(replies, step)
         with round_.watch("server"):
             self._move(round_, step, lr)
-        return loss / samples
+        return loss
 
     def _need_all(
         self, round_: Round, replies: Mapping[int, RecordDict], step: int

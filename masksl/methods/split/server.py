@@ -167,8 +167,9 @@ class SplitServer(ServerMethod):
             raise RunError(f"{round_.place(step)}: loss not finite")
         label = self.payloads.gradient_compressor
         replies = round_.exchange(BACKWARD, sent, step=step, label=label, full=full)
-        for content in replies.values():
-            self._sums.rebuilt += metrics_of(content)["rebuilt"]
+        for number, content in replies.items():
+            with ends_run(round_.place(step, number)):
+                self._sums.rebuilt += int(messages.metric_of(content, "rebuilt"))
         self.sync.collect(round_, replies, sizes, step)
         return loss
 
@@ -210,12 +211,12 @@ class SplitServer(ServerMethod):
             asked[number] = RecordDict({**content, EXACT_GRADIENT: frame})
         try:
             found = round_.manager.query(MEASURE, asked, round_.place(0)).values()
+            with ends_run(round_.place(0)):
+                for name in (ERROR, WEIGHT_ERROR):
+                    errors = [messages.metric_of(content, name) for content in found]
+                    self._sums.gradients[name] = sum(errors) / len(errors)
         except RunError as error:  # no reason to end the run
             logger.warning("errors of gradients are not measured: %s", error)
-            return
-        for name in (ERROR, WEIGHT_ERROR):
-            errors = [float(metrics_of(content)[name]) for content in found]
-            self._sums.gradients[name] = sum(errors) / len(errors)
 
     def _train_half(
         self,

@@ -137,7 +137,8 @@ class HalfSync:
         if received:
             weights = [round_.manager.clients[n].train_samples for n in replies]
             shared.tensors |= average(received, weights, torch.float64)
-        self._buffers = messages.model_record(shared.buffers)
+        with ends_run(round_.place(0, label=f"{_HALF}, {BUFFER}")):
+            self._buffers = messages.model_record(shared.buffers)
 
     def attach_buffers(self, content: RecordDict) -> None:
         """Add the averaged buffers to a message, if clients have their own."""
