@@ -77,18 +77,23 @@ class Halves:
         Units of the client half.
     smoothing : float
         Label smoothing of the loss.
+    samples : int
+        Of a client: it normalises its own samples, the server half those of all.
     """
 
-    def __init__(self, units: model.Units, cut: int, smoothing: float) -> None:
+    def __init__(
+        self, units: model.Units, cut: int, smoothing: float, samples: int
+    ) -> None:
         self._client, self._server = model.split(units, cut)
-        self._smoothing = smoothing
+        self._smoothing, self._samples = smoothing, samples
         for module in nn.Sequential(self._client, self._server).train().modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0
 
     def batch(self, images: Tensor, labels: Tensor) -> Batch:
         """Compute the gradients of a mini-batch with nothing compressed."""
-        activation: Tensor = self._client(images)
+        parts = images.split(self._samples)
+        activation = torch.cat([self._client(part) for part in parts])
         gradient, server = self.backward(activation, labels)
         client = self.client_gradient(activation, gradient)
         return Batch(labels, activation, gradient, client, server)
@@ -159,8 +164,9 @@ def measure(run: Path, root: str, batches: int) -> Row:
     settings = facts["settings"]
     data = load(DatasetConfig(name=settings["dataset.name"], root=root))
     cut = model.resolve_cut(settings["model.name"], settings["cut"])
-    halves = Halves(units, cut, float(settings.get("optimizer.label_smoothing", 0.0)))
+    smoothing = float(settings.get("optimizer.label_smoothing", 0.0))
     frame = int(settings["batch_size"])
+    halves = Halves(units, cut, smoothing, frame)
     size = frame * int(settings["clients"])
     trials = [
         Trial(place, name, options, frame)

@@ -155,7 +155,7 @@ class EntropyCodedQuantization(Compressor):
 
         elements = Elements(work, signed, max(map(abs, bounds)), rounded)
         by = _shape(shape, self.context == "none")
-        finish = partial(_finished, flat=flat, shape=by, signed=signed)
+        finish = partial(_encode_symbols, flat=flat, shape=by, signed=signed)
         if self.step is not None and self.rounding == "stochastic":
             generator = torch.Generator().manual_seed(seed)
             maps = maps_of(shape)
@@ -177,7 +177,7 @@ class EntropyCodedQuantization(Compressor):
         if (
             (self.step, self.bits, self.context) != (None, None, "spatial")
             or (self.error or DEFAULT_ERROR) < _COARSE
-            or not _transformed(dtype, shape)
+            or not _can_be_transformed(dtype, shape)
             or not 1 / _MOST < max(map(abs, bounds)) < _MOST
         ):
             return False
@@ -214,7 +214,7 @@ class EntropyCodedQuantization(Compressor):
             return dct.error(coefficients, *parts, shape, not signed)
 
         finish = partial(
-            _finished,
+            _encode_symbols,
             flat=torch.from_numpy(coefficients),
             shape=dct.coefficients_shape(shape),
             signed=True,
@@ -237,7 +237,7 @@ class EntropyCodedQuantization(Compressor):
         known = form in _FORMS.values() and signed <= 1
         if maps:
             known = signed == 1 and alphabet <= Quantizer.LAST
-            known = known and _transformed(header.dtype, header.shape)
+            known = known and _can_be_transformed(header.dtype, header.shape)
         if not known or not 1 <= alphabet <= 256:
             raise FrameError(
                 f"ec frame declares form {form}, {alphabet} symbols, signs {signed}"
@@ -264,7 +264,9 @@ class EntropyCodedQuantization(Compressor):
         table[first : first + regular] = centroids
         if maps:
             positive = form == _POSITIVE_MAPS
-            elements = _of_maps(header, coded, alphabet, table, signs, count, positive)
+            elements = _decode_coefficients(
+                header, coded, alphabet, table, signs, count, positive
+            )
             return wire.to_device(elements, device)
         by = _shape(header.shape, form == _FORMS["none"])
         plane = decode_plane(coded, alphabet, by)
@@ -301,13 +303,13 @@ def _shape(shape: Shape, row: bool) -> Shape:
     return (math.prod(shape),) if row else shape
 
 
-def _transformed(dtype: torch.dtype, shape: Shape) -> bool:
+def _can_be_transformed(dtype: torch.dtype, shape: Shape) -> bool:
     """Return whether a tensor can have coefficients."""
     return dtype in (torch.float32, torch.float64) and dct.fits(shape)
 
 
 # pylint: disable-next=too-many-arguments,too-many-positional-arguments
-def _of_maps(
+def _decode_coefficients(
     header: Header,
     coded: memoryview,
     alphabet: int,
@@ -328,7 +330,7 @@ def _of_maps(
     return torch.from_numpy(flat)
 
 
-def _finished(
+def _encode_symbols(
     quantized: Quantized,
     *,
     flat: Tensor,

@@ -4,7 +4,7 @@ Runs of one cut and one ``client_sync`` are compared with those of the same seed
 which nothing is compressed: accuracies by paired differences, bytes by their factor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -37,11 +37,20 @@ KINDS = {
     "gradients": ("gradient",),
     "halves": ("model", "update", "optimizer", "buffer"),
 }
-# Names of the compressors of each preset, as long as none is given another.
-_PRESETS = {
-    EXACT: (NONE, NONE, NONE),
-    "paper": ("ms", NONE, NONE),
-    "compact": ("ec", "ec", "ec"),
+_PLAIN = {"name": NONE, "values": "float32"}
+_MS = {"name": "ms", "sparsity": 0.99, "bits": 2, "rounding": "nearest"}
+_MS |= {"scope": "tensor", "values": "float32", "lossless": "none"}
+_EC = {"name": "ec"} | dict.fromkeys(("step", "bits", "error", "deadzone"), "null")
+_EC |= {"context": "spatial", "rounding": "nearest"}
+# Options of the compressors of each preset, in the order of the slots.
+_PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
+    EXACT: (_PLAIN, _PLAIN, _PLAIN),
+    "paper": (_MS, _PLAIN, _PLAIN),
+    "compact": (
+        _EC | {"error": 0.08, "deadzone": 0.5},
+        _EC | {"step": 1.5, "rounding": "stochastic"},
+        _EC,
+    ),
 }
 _NEEDED = (
     *("dataset.name", "model.name", "clients", "seed", "cut", "client_sync"),
@@ -63,11 +72,14 @@ class _Run(Run):
         Accuracy after the last round.
     sent : Mapping[str, int]
         Bytes of the whole run, by the names of `KINDS`, and of ``everything``.
+    factor : float
+        Bytes of the same tensors in float32, all in full, over those of everything.
     """
 
     place: tuple[str, str, str]
     top1: float
     sent: Mapping[str, int]
+    factor: float
 
     @property
     def everything(self) -> int:
@@ -129,7 +141,7 @@ def _quantile(freedom: int) -> float:
 
 def _run_of(result: results.Result) -> _Run:
     settings = result.settings
-    check_keys(result, _NEEDED, ("bytes", "bytes_total"))
+    check_keys(result, _NEEDED, ("bytes", "bytes_total", "factor_total"))
     place = (network_of(settings), str(settings["cut"]), settings["client_sync"])
     total = result.summary["bytes"]
     sent = {name: _bytes(total, kinds) for name, kinds in KINDS.items()}
@@ -141,16 +153,33 @@ def _run_of(result: results.Result) -> _Run:
         place=place,
         top1=result.rows[-1]["top1"],
         sent=sent | {"everything": result.summary["bytes_total"]},
+        factor=result.summary["factor_total"],
     )
 
 
 def _name(settings: Mapping[str, Any]) -> str:
-    """Return what a run's traffic is called: by its preset, else by its compressors."""
-    names = tuple(settings[f"{slot}.name"] for slot in SLOTS)
-    preset = str(settings.get("traffic"))
-    if names == _PRESETS[EXACT] or names == _PRESETS.get(preset):
-        return EXACT if names == _PRESETS[EXACT] else preset
-    return ", ".join(map(display_name, names))
+    """Return what a run's traffic is called.
+
+    That is its preset, with the options that differ from it as on the command line;
+    else its compressors.
+    """
+    names = [settings[f"{slot}.name"] for slot in SLOTS]
+    given = EXACT if set(names) == {NONE} else str(settings.get("traffic"))
+    preset = _PRESETS.get(given, ())
+    if names != [own["name"] for own in preset]:
+        return ", ".join(map(display_name, names))
+    return ", ".join([given, *_overrides(settings, preset)])
+
+
+def _overrides(
+    settings: Mapping[str, Any], preset: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield the options of a run that differ from a preset's."""
+    for slot, own in zip(SLOTS, preset, strict=True):
+        for option, value in own.items():
+            key = f"{slot}.{option}"
+            if settings.get(key, value) != value:  # older runs lack some
+                yield f"{key}={settings[key]}"
 
 
 def _bytes(nested: Mapping[str, Any], kinds: Sequence[str]) -> int:
@@ -172,8 +201,9 @@ def _table(lines: Lines[_Run]) -> str:
         for kind in (*KINDS, "everything"):
             row.append(with_spread([run.sent[kind] / 1e6 for run in several], ".2f"))
         row.append(cell(several, ".1f", partial(_factor, exact=exact)))
+        row.append(cell(several, ".1f", lambda run: run.factor))
         rows.append(row)
-    return markdown([*head, "times less"], rows)
+    return markdown([*head, "times less", "than float32"], rows)
 
 
 def _points(several: Sequence[_Run], exact: Mapping[int, _Run]) -> str:

@@ -28,14 +28,19 @@ def test_what_averages_out_is_noise() -> None:
 
 
 def test_gradients_are_those_of_the_whole_network() -> None:
-    """The halves together have the gradient that autograd gives of one network."""
+    """The halves together have the gradient that autograd gives of one network.
+
+    Each client's part goes through the client half by itself.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (6,), generator=generator)
     units = model.build("small_cnn", 10, 1, seed=0)
-    batch = bias.Halves(units, 1, 0.1).batch(images, labels)
+    batch = bias.Halves(units, 1, 0.1, 4).batch(images, labels)
     whole = nn.Sequential(*units)
-    loss = nn.functional.cross_entropy(whole(images), labels, label_smoothing=0.1)
+    activation = torch.cat([whole[0](part) for part in (images[:4], images[4:])])
+    output = whole[1:](activation)
+    loss = nn.functional.cross_entropy(output, labels, label_smoothing=0.1)
     expected = torch.autograd.grad(loss, list(whole.parameters()))
     both = torch.cat([batch.client, batch.server]).float()
     torch.testing.assert_close(both, torch.cat([each.flatten() for each in expected]))

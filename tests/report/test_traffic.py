@@ -21,7 +21,7 @@ NONE = {
 COMPACT = {
     "compressor.name": "ec",
     "gradient_compressor.name": "ec",
-    "gradient_compressor.step": 4.0,
+    "gradient_compressor.step": 1.5,
     "model_compressor.name": "ec",
     "traffic": "compact",
 }
@@ -39,7 +39,7 @@ def synthetic(folder: Path, top1: float, sent: int, **settings: Any) -> None:
     row = {"round": 1, "steps": 1, "checks": [], "loss": 1, "top1": top1}
     run.add_row(row | {"bytes": ways})
     summary = {"method": "split", "rounds": 1, "bytes": ways}
-    summary |= {"bytes_total": 3 * sent + 25, "top1": top1}
+    summary |= {"bytes_total": 3 * sent + 25, "top1": top1, "factor_total": 50.0}
     (folder / results.SUMMARY).write_text(json.dumps(summary))
 
 
@@ -80,11 +80,11 @@ def test_differences_are_those_of_equal_seeds(tmp_path: Path) -> None:
     ]
     assert found["medium", "round", "compact"] == [
         *("3", "75.00 ± 4.58", "+0.00 ± 2.48", "0.00 ± 0.00", "0.00 ± 0.00"),
-        *("0.00 ± 0.00", "0.00 ± 0.00", "55.0 ± 0.0"),
+        *("0.00 ± 0.00", "0.00 ± 0.00", "55.0 ± 0.0", "50.0 ± 0.0"),
     ]
     assert found["medium", "round", "exact"][2] == "–"
     assert found["deep", "round", "compact"] == [
-        *("1", "50.00", "–", "0.00", "0.00", "0.00", "0.00", "–"),
+        *("1", "50.00", "–", "0.00", "0.00", "0.00", "0.00", "–", "50.0"),
     ]
     rows = list(csv.DictReader(traffic(tmp_path)["traffic.csv"].splitlines()))
     row = next(row for row in rows if row["traffic"] == "compact")
@@ -103,9 +103,18 @@ def test_lines_are_named_by_their_compressors(tmp_path: Path) -> None:
     synthetic(tmp_path / "c", 0.5, 10, **mixed)
     claimed: dict[str, Any] = {"traffic": "exact", "compressor.name": "ec"}
     synthetic(tmp_path / "d", 0.5, 10, **claimed)
+    finer: dict[str, Any] = {**COMPACT, "compressor.deadzone": 0.5}
+    synthetic(tmp_path / "e", 0.5, 10, **finer)
+    for number, error in enumerate((0.08, 0.15)):
+        own = {**finer, "compressor.error": error, "gradient_compressor.step": 4.0}
+        synthetic(tmp_path / f"f{number}", 0.5, 10, **own)
     assert [key[2] for key in cells(tmp_path)] == [
-        *("exact", "EC, none, none", "MS, none, none", "QU, EC, EC"),
-        "QU, none, none",
+        *("exact", "compact", "EC, none, none", "MS, none, none", "QU, EC, EC"),
+        *(
+            "QU, none, none",
+            "compact, compressor.error=0.15, gradient_compressor.step=4.0",
+        ),
+        "compact, gradient_compressor.step=4.0",
     ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from masksl.methods.global_model import GlobalModel
-from masksl.methods.split.halves import ServerHalf
+from masksl.methods.split.server_half import ServerHalf
 from masksl.runtime import checkpoint
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import (

@@ -149,7 +149,7 @@ class ExactHalf:
 # --- halves whose changes travel compressed -------------------------------------------
 
 
-class _Moved(NamedTuple):
+class _Applied(NamedTuple):
     """A change of the shared half, for the other clients of the process.
 
     Parameters
@@ -178,7 +178,7 @@ class _Cache:
     """What the clients of a process need not compute again; it changes no result."""
 
     coder: ChangeCoder
-    moved: _Moved | None = None
+    last: _Applied | None = None
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class _CodedHalf:
         digest = digest_of_half(self.own, self.states)
         reply[messages.DIGEST] = messages.digest_record(digest)
 
-    def _moved(self, content: RecordDict, buffers: Tensors) -> _Moved | None:
+    def _applied(self, content: RecordDict, buffers: Tensors) -> _Applied | None:
         """Return the change of a message, None if it has none.
 
         Parameters
@@ -240,7 +240,7 @@ class _CodedHalf:
         if record is None:
             return None
         before = grouped({SHARED: self.own} | self.states)
-        found = self._cache.moved
+        found = self._cache.last
         if found is None or found.record is not record or not _same(found, before):
             own = self.own
             sent = decode_set(messages.set_of(content, UPDATE), own | buffers)
@@ -248,8 +248,8 @@ class _CodedHalf:
             rate = float(messages.place_of(content)[RATE])
             after, states = apply(own, changes, self.states, self.optimizer, rate)
             came = {name: sent[name] for name in buffers}
-            found = _Moved(record, before, after, states, came)
-            self._cache.moved = found
+            found = _Applied(record, before, after, states, came)
+            self._cache.last = found
         return found
 
     def _sent(
@@ -265,7 +265,7 @@ class _CodedHalf:
             return RecordDict({UPDATE: messages.set_record(coded.data, dense)})
 
 
-def _same(found: _Moved, before: Tensors) -> bool:
+def _same(found: _Applied, before: Tensors) -> bool:
     """Return whether a change was applied to the same tensors."""
     return found.before.keys() == before.keys() and all(
         own is before[name] or torch.equal(own, before[name])
@@ -283,7 +283,7 @@ class AveragedHalf(_CodedHalf):
         with client.watch("codec"):
             whole = messages.model_of(content, client.setup.initial)
             if whole is None:
-                moved = self._moved(content, self._initial_buffers)
+                moved = self._applied(content, self._initial_buffers)
                 if moved is None:
                     return
                 whole = moved.after | moved.buffers
@@ -333,7 +333,7 @@ class SteppedHalf(_CodedHalf):
         client, state = self.client, self.client.state
         with client.watch("codec"):
             own = messages.model_of(content, self.own)
-            moved = self._moved(content, {}) if own is None else None
+            moved = self._applied(content, {}) if own is None else None
             if moved is not None:
                 own, states = moved.after, moved.states
             else:

@@ -43,7 +43,7 @@ class ChangeCoder:
     """Codes changes of halves.
 
     All parameters go through the compressor as one tensor, each divided by its standard
-    deviation. Buffers go exactly.
+    deviation (`encode_set`, ``scaled``). Buffers go exactly.
 
     Parameters
     ----------

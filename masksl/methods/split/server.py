@@ -16,7 +16,7 @@ from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.network import initial_units, spec_of
 from masksl.methods.split import SplitConfig
-from masksl.methods.split.halves import ServerHalf
+from masksl.methods.split.server_half import ServerHalf
 from masksl.methods.split.messages import (
     ACTIVATION,
     BACKWARD,

@@ -96,7 +96,7 @@ class SharedHalf(GlobalModel):
 
 
 @dataclass
-class CodedHalf(SharedHalf):
+class CodedSharedHalf(SharedHalf):
     """A client half whose changes travel compressed.
 
     The server applies what the clients decode, so that all copies stay equal bit for

@@ -9,7 +9,7 @@ from torch import nn
 from masksl.compress import FrameError
 from masksl.methods.split.coding import ChangeCoder
 from masksl.methods.split.messages import BUFFER, COLLECT
-from masksl.methods.split.shared import CodedHalf, SharedHalf
+from masksl.methods.split.shared import CodedSharedHalf, SharedHalf
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, UNKNOWN, ClientInfo
 from masksl.runtime.compressors import EXACT, compressor_of
@@ -178,4 +178,4 @@ def _shared_half(settings: Settings, module: nn.Module) -> SharedHalf | None:
     if compressor == EXACT:
         return SharedHalf(tensors_of(module), parameters, optimizer=own)
     coder = ChangeCoder(compressor)
-    return CodedHalf(tensors_of(module), parameters, optimizer=own, coder=coder)
+    return CodedSharedHalf(tensors_of(module), parameters, optimizer=own, coder=coder)
