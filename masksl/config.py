@@ -244,6 +244,13 @@ def warnings(settings: Mapping[str, Value]) -> list[str]:
                 f"engine.hosts={hosts} times threads.client={threads} is "
                 f"{hosts * threads} threads on {cores} cores"
             )
+    if settings.get("client_sync") == "round":
+        halves = compressor_of(settings, "model_compressor")
+        if halves == compress.make("ec"):
+            lines.append(
+                "client_sync=round: halves travel once a round; with "
+                "model_compressor.error=0.05 they take few bytes more and lose less"
+            )
     return lines
 
 

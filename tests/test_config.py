@@ -297,6 +297,15 @@ def test_the_name_of_a_preset_does_not_matter_to_a_resumed_run() -> None:
         config.check_resume(settings_of("traffic=compact"), settings, 1)
 
 
+def test_rough_halves_are_named_where_they_travel_once_a_round() -> None:
+    (line,) = config.warnings(settings_of("traffic=compact", "client_sync=round"))
+    assert line.startswith("client_sync=round: halves travel once a round; with model_")
+    for better in ("client_sync=step", "model_compressor.error=0.05"):
+        job = ("traffic=compact", "client_sync=round", better)
+        assert not config.warnings(settings_of(*job)), better
+    assert not config.warnings(settings_of("traffic=paper", "client_sync=round"))
+
+
 def test_missing_keys_are_named() -> None:
     settings = settings_of()
     del settings["rounds"]
