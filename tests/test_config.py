@@ -286,8 +286,8 @@ def test_an_option_that_is_left_out_has_its_default() -> None:
     shorter = {k: v for k, v in whole.items() if k != "model_compressor.rounding"}
     assert shorter != whole
     config.check(shorter)
-    for pair in product((whole, shorter), repeat=2):
-        config.check_resume(*pair, 1)
+    for here, there in product((whole, shorter), repeat=2):
+        config.check_resume(here, there, 1)
 
 
 def test_the_name_of_a_preset_does_not_matter_to_a_resumed_run() -> None:

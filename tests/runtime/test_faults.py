@@ -55,10 +55,11 @@ def test_a_failure_in_an_evaluation_does_not_touch_training(
     sync: str, traffic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client fails between the steps of a round: what it has trained goes on."""
-    job = (*SMALL[:1], "clients=2", "dataset.limit=104", "dataset.test_limit=40")
-    job = (*job, f"client_sync={sync}", f"traffic={traffic}", "evaluations=2")
+    job = [*SMALL[:1], "clients=2", "dataset.limit=104", "dataset.test_limit=40"]
+    job += [f"client_sync={sync}", f"traffic={traffic}", "evaluations=2"]
     whole = train(*job)
-    evaluate, failed = split.HANDLERS["evaluate.forward"], []
+    evaluate = split.HANDLERS["evaluate.forward"]
+    failed: list[int] = []
 
     def fail(client: Client, content: Any) -> Any:
         if client.number == 1 and not failed:

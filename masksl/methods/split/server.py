@@ -16,7 +16,6 @@ from masksl.methods import method_config
 from masksl.methods.base import ServerMethod, State
 from masksl.methods.network import initial_units, spec_of
 from masksl.methods.split import SplitConfig
-from masksl.methods.split.server_half import ServerHalf
 from masksl.methods.split.messages import (
     ACTIVATION,
     BACKWARD,
@@ -29,6 +28,7 @@ from masksl.methods.split.messages import (
     WEIGHT_ERROR,
 )
 from masksl.methods.split.payloads import Payloads
+from masksl.methods.split.server_half import ServerHalf
 from masksl.methods.split.sync import HalfSync
 from masksl.runtime import messages
 from masksl.runtime.clients import EVALUATION, ClientInfo, ClientManager

@@ -18,8 +18,8 @@ from masksl.compress import decode
 from masksl.methods.client import Client, Place
 from masksl.methods.split import client as split_client
 from masksl.methods.split.client import GRAPHS, GraphCache
-from masksl.methods.split.server_half import ServerHalf
 from masksl.methods.split.payloads import one_of_each_map
+from masksl.methods.split.server_half import ServerHalf
 from masksl.runtime.round import Round
 from masksl.training.network import LocalNetwork
 from masksl.training.optimizer import OptimizerConfig
