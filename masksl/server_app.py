@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -194,24 +194,24 @@ class _Recorder:
         self.strategy: RoundStrategy | None = None
 
     def begin(self, strategy: RoundStrategy, saved: State | None) -> None:
-        """Write the rows of the resumed run and the first checkpoint.
+        """Write the first checkpoint, then the rows of the resumed run.
 
         With that checkpoint a run that is killed in its first round can be resumed.
         """
         self.strategy = strategy
+        earlier: Sequence[Mapping[str, Any]] = []
         if saved is not None:
             strategy.restore(saved)
-            for row in saved.facts["rows"]:
-                self._add(row)
+            earlier = saved.facts["rows"]
         if self._checkpoint.every:
-            self._write_checkpoint()
+            self._write_checkpoint(earlier)
+        for row in earlier:
+            self._add(row)
 
     def on_round(self, row: Mapping[str, Any]) -> None:
         """Write a row, and a checkpoint before it if one is due."""
-        self.rows.append(row)
         if self._checkpoint.due(row["round"], self._rounds):
-            self._write_checkpoint()
-        self.rows.pop()
+            self._write_checkpoint([*self.rows, row])
         self._add(row)
 
     def _add(self, row: Mapping[str, Any]) -> None:
@@ -220,10 +220,10 @@ class _Recorder:
         self._progress.on_round(row)
         self._tracker.on_round(row)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, rows: Sequence[Mapping[str, Any]]) -> None:
         assert self.strategy is not None
         tensors, facts = self.strategy.snapshot
-        more = {"settings": self._settings, "rows": self.rows}
+        more = {"settings": self._settings, "rows": rows}
         checkpoint.write(self._results.path, tensors, facts | more)
 
 

@@ -94,6 +94,28 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert run(tmp_path / "third", *SMALL, *overrides, resume) == expected
 
 
+def test_a_run_that_ends_while_it_takes_up_another_is_resumed(tmp_path: Path) -> None:
+    """The first checkpoint is there before the earlier rows are."""
+    expected = run(tmp_path / "whole", *SMALL)
+    run_until(tmp_path / "first", 2, *SMALL)
+    add, added = results.RunFolder.add_row, []
+
+    def stop(folder: results.RunFolder, row: Any) -> None:
+        if added:
+            raise Stop
+        added.append(row)
+        add(folder, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results.RunFolder, "add_row", stop)
+        with pytest.raises(Stop):
+            run(tmp_path / "second", *SMALL, f"resume={tmp_path}/first")
+    assert len(added) == len(results.read_rows(tmp_path / "second")) == 1
+    for earlier in ("second", "first"):
+        folder = tmp_path / f"after_{earlier}"
+        assert run(folder, *SMALL, f"resume={tmp_path}/{earlier}") == expected
+
+
 @pytest.mark.parametrize("sync", ["round", "never"])
 def test_state_of_clients_is_current_in_rare_checkpoints(
     sync: str, tmp_path: Path
