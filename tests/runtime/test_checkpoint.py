@@ -98,7 +98,8 @@ def test_a_run_that_ends_while_it_takes_up_another_is_resumed(tmp_path: Path) ->
     """The first checkpoint is there before the earlier rows are."""
     expected = run(tmp_path / "whole", *SMALL)
     run_until(tmp_path / "first", 2, *SMALL)
-    add, added = results.RunFolder.add_row, []
+    add = results.RunFolder.add_row
+    added: list[Any] = []
 
     def stop(folder: results.RunFolder, row: Any) -> None:
         if added:
