@@ -91,7 +91,8 @@ def test_a_sweep_skips_repeated_uncompressed_runs(undisturbed: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 2])
 def test_a_sweep_that_was_killed_gives_the_same_table(
     kills: int, undisturbed: Path, tmp_path: Path
 ) -> None:
