@@ -664,6 +664,7 @@ def test_the_loops_are_compiled_once_and_a_line_says_so(tmp_path: Path) -> None:
     assert plain_ == "entropy coding runs as plain Python, which is very slow\n"
 
 
+@pytest.mark.slow
 def test_without_a_place_to_keep_them_the_loops_are_compiled(tmp_path: Path) -> None:
     """In a package that cannot be written to, and without a home."""
     ignore = shutil.ignore_patterns("__pycache__")

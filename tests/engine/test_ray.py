@@ -62,6 +62,7 @@ def test_hosts_change_nothing(
     assert sum(row["rebuilt_graphs"] for row in rows) == 0
 
 
+@pytest.mark.slow
 def test_graphs_beyond_the_limit_are_rebuilt(tmp_path: Path) -> None:
     rows = run(tmp_path, *SMALL, "engine.hosts=2", "engine.clients_in_flight=1")
     # 46 samples per client: two steps; each rebuilds the graphs of 3 of the 5 clients.

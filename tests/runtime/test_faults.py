@@ -50,7 +50,10 @@ def test_a_client_that_fails_is_left_out(sync: str) -> None:
 
 
 @pytest.mark.parametrize("traffic", ["paper", "compact"])
-@pytest.mark.parametrize("sync", ["step", "round", "never"])
+@pytest.mark.parametrize(
+    "sync",
+    ["round", *(pytest.param(s, marks=pytest.mark.slow) for s in ("step", "never"))],
+)
 def test_a_failure_in_an_evaluation_does_not_touch_training(
     sync: str, traffic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,10 @@ ADAM = (
 )
 
 
-@pytest.mark.parametrize("sync", ["step", "round", "never"])
+@pytest.mark.parametrize(
+    "sync",
+    ["round", *(pytest.param(s, marks=pytest.mark.slow) for s in ("step", "never"))],
+)
 def test_split_learning_with_adam_is_resumed(sync: str, tmp_path: Path) -> None:
     overrides = (*ADAM, "rounds=4", f"client_sync={sync}")
     expected = run(tmp_path / "whole", *overrides)
