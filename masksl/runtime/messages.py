@@ -87,7 +87,8 @@ def metrics_of(content: RecordDict) -> dict[str, Any]:
 
 def metric_of(content: RecordDict, name: str) -> float:
     """Return a measurement of a message; `FrameError` unless it is a finite number."""
-    value = metrics_of(content).get(name)
+    record = content.get(METRICS)
+    value = record.get(name) if isinstance(record, MetricRecord) else None
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise FrameError(f"{METRICS} with {name}={value}, expected a finite number")
     return value
